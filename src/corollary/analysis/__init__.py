@@ -1,0 +1,1 @@
+"""Diagnostics of models, representations and training."""

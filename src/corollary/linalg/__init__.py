@@ -1,0 +1,1 @@
+"""Numerics that everything stands on: matrix-free operators, sketches, manifolds."""

@@ -1,0 +1,1 @@
+"""Losses as ``nn.Module`` with ``reduction``, and as functions."""

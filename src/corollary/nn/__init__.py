@@ -1,0 +1,1 @@
+"""Layers, heads and equivariant operations as ``nn.Module``."""

@@ -1,0 +1,1 @@
+"""Optimizers and schedules with the interface of ``torch.optim``."""

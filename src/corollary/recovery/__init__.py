@@ -1,0 +1,1 @@
+"""Matrix and signal recovery as scikit-learn estimators."""

@@ -1,0 +1,8 @@
+"""Public conformance checks, one module for each kind of component.
+
+``check_<kind>`` runs every check of its kind on a factory; the test suite runs them over every registered component.
+"""
+
+from corollary.testing.case import Case, Check, checks, iterate_checks, run_checks
+
+__all__ = ["Case", "Check", "checks", "iterate_checks", "run_checks"]
