@@ -4,5 +4,6 @@
 """
 
 from corollary.testing.case import Case, Check, checks, iterate_checks, run_checks
+from corollary.testing.layer import check_layer
 
-__all__ = ["Case", "Check", "checks", "iterate_checks", "run_checks"]
+__all__ = ["Case", "Check", "checks", "iterate_checks", "run_checks", "check_layer"]
