@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from corollary.models import GPT, MLP, ResNet
+from corollary.models import GPT, MLP, ResNet, ViT
 from corollary.models.attention import attention
 from corollary.models.gpt import RMSNorm, apply_rope, rope_tables
 
@@ -19,6 +19,11 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Tensor, int]] = {
     "mlp": (lambda: MLP(64, [16, 8], 10, nn.Tanh), torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)), 10),
     "resnet": (
         lambda: ResNet(1, 10, width=4, norm="group"),
+        torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
+        10,
+    ),
+    "vit": (
+        lambda: ViT(8, 4, 1, 10, dim=8, depth=2, heads=2),
         torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
         10,
     ),
@@ -138,6 +143,19 @@ def test_gpt_is_causal() -> None:
         assert not reached[t + 1 :].any()
 
 
+def test_vit_sees_patches_in_reading_order_and_every_pixel() -> None:
+    torch.manual_seed(0)
+    net = ViT(6, 3, 2, 4, dim=8, depth=1, heads=2).double()
+    image = torch.rand(1, 2, 6, 6, dtype=torch.float64, requires_grad=True)
+    embedded = net.patch_embed(image).flatten(2).mT
+    corners = image.unfold(2, 3, 3).unfold(3, 3, 3).permute(0, 2, 3, 1, 4, 5).reshape(1, 4, 18)
+    torch.testing.assert_close(embedded, corners @ net.patch_embed.weight.reshape(8, 18).T + net.patch_embed.bias)
+    (gradient,) = torch.autograd.grad(net(image).square().sum(), image)
+    assert (gradient != 0).all()
+    swapped = image.detach().roll(3, -1)  # positions make the order of patches count
+    assert (net(swapped) - net(image)).abs().max() > 1e-4
+
+
 def test_gpt_start() -> None:
     torch.manual_seed(0)
     net = GPT(256, dim=128, depth=8, heads=4, context=16)
@@ -147,7 +165,7 @@ def test_gpt_start() -> None:
         assert deviation == pytest.approx(0.02 / math.sqrt(16) if writes else 0.02, rel=0.05), name
     assert not any("bias" in name for name, _ in net.named_parameters())
     loss = nn.functional.cross_entropy(net(torch.randint(256, (4, 16))).flatten(0, 1), torch.randint(256, (64,)))
-    assert float(loss) == pytest.approx(math.log(256), abs=0.1)
+    assert float(loss.detach()) == pytest.approx(math.log(256), abs=0.1)
 
 
 def test_gpt_tied_embeddings_share_one_matrix() -> None:
@@ -170,6 +188,8 @@ def test_gpt_shorter_rows_give_the_same_prefix() -> None:
     (lambda: ResNet(1, 2, norm="layer"), ValueError, "'norm' is 'layer'; allowed: batch, group"),
     (lambda: ResNet(1, 2, blocks=()), ValueError, "'blocks' is empty"),
     (lambda: ResNet(1, 2)(torch.zeros(2, 3, 8, 8)), ValueError, r"allowed: \(batch, 1, height, width\)"),
+    (lambda: ViT(8, 3, 1, 2), ValueError, "'image_size' must be a multiple of 'patch_size' = 3, not 8"),
+    (lambda: ViT(8, 2, 1, 2)(torch.zeros(2, 1, 8, 9)), ValueError, r"allowed: \(batch, 1, 8, 8\)"),
     (lambda: GPT(9, dim=12, heads=4), ValueError, r"'dim' must be a multiple of '2 \* heads' = 8, not 12"),
     (lambda: GPT(9, context=4)(torch.zeros(1, 5, dtype=torch.int64)), ValueError, "up to 'context' = 4"),
     (lambda: GPT(9)(torch.zeros(1, 5)), TypeError, "must hold integers"),

@@ -3,8 +3,25 @@
 Nothing here opens a connection: every set is in a package that is installed, or on your disk.
 """
 
-from corollary.data.digits import digits, tabular
+from corollary.data.docstrings import stdlib_docstrings
+from corollary.data.generators import low_rank_matrix, spectrum_matrix
+from corollary.data.images import image_patches, photographs
+from corollary.data.pretrained import hidden_states, minilm
 from corollary.data.split import Split
+from corollary.data.tables import digits, tabular
 from corollary.data.text import TokenStream, stdlib_text
 
-__all__ = ["Split", "digits", "tabular", "stdlib_text", "TokenStream"]
+__all__ = [
+    "Split",
+    "digits",
+    "tabular",
+    "image_patches",
+    "photographs",
+    "stdlib_text",
+    "TokenStream",
+    "stdlib_docstrings",
+    "minilm",
+    "hidden_states",
+    "low_rank_matrix",
+    "spectrum_matrix",
+]

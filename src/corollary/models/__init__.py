@@ -6,5 +6,6 @@ Each has ``features(x)`` (what the last layer sees), ``head`` (that layer), ``nu
 from corollary.models.gpt import GPT
 from corollary.models.mlp import MLP
 from corollary.models.resnet import ResNet
+from corollary.models.vit import ViT
 
-__all__ = ["MLP", "ResNet", "GPT"]
+__all__ = ["MLP", "ResNet", "ViT", "GPT"]
