@@ -79,7 +79,8 @@ class Exact:
         return self.error
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, "error": self.error}
+        # JSON has no infinity; as text it comes back through the constructor.
+        return {"kind": self.kind, "error": self.error if math.isfinite(self.error) else "inf"}
 
 
 @dataclass(frozen=True)

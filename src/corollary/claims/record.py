@@ -6,6 +6,7 @@ Nothing here imports torch: the catalogue, the command line's listings and the w
 from __future__ import annotations
 
 import difflib
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -71,7 +72,7 @@ class ClaimRecord:
 
 @dataclass(frozen=True)
 class Paper:
-    """The whole record of one paper."""
+    """The whole record of one paper; ``path`` is the record's own file."""
 
     slug: str
     package: str
@@ -91,8 +92,10 @@ class Paper:
 
     @property
     def module(self) -> str:
-        """Dotted name of the module that measures the claims."""
-        return f"corollary.papers.{self.package}.{self.slug.replace('-', '_')}"
+        """Dotted name of the module that measures the claims, beside the record."""
+        root = self.path.parent.parent
+        prefix = "corollary.papers" if root == _own_root() else root.name
+        return f"{prefix}.{self.package}.{self.path.stem}"
 
     def claim(self, claim_id: str) -> ClaimRecord:
         """The claim of this id; raises ``KeyError`` naming the ids there are."""
@@ -202,22 +205,36 @@ def read_paper(path: Path) -> Paper:
     )
 
 
-def papers_root() -> Path:
-    """The folder that holds the records."""
+def _own_root() -> Path:
     return Path(str(files("corollary"))) / "papers"
 
 
+def papers_root() -> Path:
+    """The folder that holds the records: ``$COROLLARY_PAPERS`` for a collection of your own, else this package's.
+
+    A collection is a folder ``<name>/<package>/<slug>.toml`` with ``<slug>.py`` beside each record, importable as
+    ``<name>.<package>.<slug>``.
+    """
+    own = os.environ.get("COROLLARY_PAPERS")
+    return Path(own).resolve() if own else _own_root()
+
+
 @cache
-def catalogue(root: Path | None = None) -> dict[str, Paper]:
-    """Every paper by its slug, in the order of packages and slugs."""
-    paths = sorted((root or papers_root()).glob("*/*.toml"))
-    papers = [read_paper(path) for path in paths]
+def _read_all(root: Path) -> dict[str, Paper]:
+    if not root.is_dir():
+        raise RecordError(f"no folder of papers at '{root}'")
+    papers = [read_paper(path) for path in sorted(root.glob("*/*.toml"))]
     return {paper.slug: paper for paper in papers}
 
 
-def get_paper(slug: str, root: Path | None = None) -> Paper:
+def catalogue() -> dict[str, Paper]:
+    """Every paper by its slug, in the order of packages and slugs."""
+    return _read_all(papers_root())
+
+
+def get_paper(slug: str) -> Paper:
     """The paper of this slug; raises ``UnknownPaper`` with the nearest slugs."""
-    papers = catalogue(root)
+    papers = catalogue()
     if slug in papers:
         return papers[slug]
     near = difflib.get_close_matches(slug, papers, 3, cutoff=0.3)

@@ -1,0 +1,117 @@
+"""Which source a verdict rests on, and its hash: when it changes, the published verdict turns stale.
+
+The source of a paper is its module and everything of this package that the module's imports reach, followed name by name
+through ``__init__`` files so that a neighbour's change does not count. The engine and the conformance checks are left out;
+``STATISTICS_VERSION`` stands for the rules of judging. Comments, docstrings and blank lines are not hashed.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from corollary.claims.record import Paper
+from corollary.claims.stats import STATISTICS_VERSION
+
+_LEFT_OUT = ("corollary.claims", "corollary.testing")
+
+
+def _root() -> Path:
+    return Path(str(files("corollary"))).parent
+
+
+def _file(module: str) -> Path | None:
+    base = _root().joinpath(*module.split("."))
+    for path in (base.with_suffix(".py"), base / "__init__.py"):
+        if path.is_file():
+            return path
+    return None
+
+
+@cache
+def _tree(path: Path) -> tuple[str, ast.Module]:
+    text = path.read_text(encoding="utf-8")
+    return text, ast.parse(text)
+
+
+def code_lines(text: str, tree: ast.Module) -> list[str]:
+    """The lines that hold code: without docstrings, comment lines and blank lines."""
+    skip: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+                skip.update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+    lines = (line.rstrip() for number, line in enumerate(text.splitlines(), 1) if number not in skip)
+    return [line for line in lines if line and not line.lstrip().startswith("#")]
+
+
+def _imports(module: str, path: Path) -> list[tuple[str, tuple[str, ...]]]:
+    """(module, names) of each import of this package; no names means the whole module."""
+    found: list[tuple[str, tuple[str, ...]]] = []
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(_tree(path)[1]):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, ()) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+            target = ".".join(part for part in (base, node.module or "") if part)
+            found.append((target, tuple(alias.name for alias in node.names)))
+    return [(name, names) for name, names in found if name.split(".")[0] == "corollary"]
+
+
+def _reach(module: str, names: tuple[str, ...], seen: set[Path]) -> None:
+    path = None if module.startswith(_LEFT_OUT) else _file(module)
+    if path is None:
+        return
+    if path.name == "__init__.py" and names:
+        # A package's __init__ only hands names on: follow the ones that are asked for.
+        handed_on = {name: source for source, given in _imports(module, path) for name in given}
+        for name in names:
+            if name in handed_on:
+                _reach(handed_on[name], (name,), seen)
+            elif _file(f"{module}.{name}"):
+                _reach(f"{module}.{name}", (), seen)
+            else:
+                seen.add(path)
+        return
+    _follow(module, path, seen)
+
+
+def _follow(module: str, path: Path, seen: set[Path]) -> None:
+    if path not in seen:
+        seen.add(path)
+        for source, given in _imports(module, path):
+            _reach(source, given, seen)
+
+
+@cache
+def sources(paper: Paper) -> tuple[Path, ...]:
+    """The files that a paper's verdicts rest on, sorted; none where the measuring module is missing."""
+    seen: set[Path] = set()
+    module = paper.path.with_suffix(".py")
+    if module.is_file():
+        _follow(paper.module, module, seen)
+    return tuple(sorted(seen))
+
+
+@cache
+def _code_hash(paper: Paper) -> str:
+    digest = hashlib.sha256()
+    for path in sources(paper):
+        digest.update(path.name.encode())
+        digest.update("\n".join(code_lines(*_tree(path))).encode())
+    return digest.hexdigest()
+
+
+def source_hash(paper: Paper, claim_id: str) -> str:
+    """Hash of the code that one claim's verdict rests on and of its pre-registered record; 16 hexadecimal digits."""
+    record = paper.claim(claim_id).to_dict()
+    record.pop("tour")
+    record.pop("note")  # what was learnt afterwards is no part of what was registered
+    text = json.dumps([_code_hash(paper), record, STATISTICS_VERSION], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
