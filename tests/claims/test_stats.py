@@ -131,7 +131,7 @@ def test_exact_verdicts() -> None:
 def test_judge_refuses_other_evidence_and_too_little() -> None:
     with pytest.raises(EvidenceError, match="of kind 'paired', but its function returned Exact"):
         judge(_record("paired", better="lower"), [Exact(0)])
-    with pytest.raises(EvidenceError, match="has 1 trials"):
+    with pytest.raises(EvidenceError, match=r"1 trials; a claim of kind .paired. needs at least 2"):
         judge(_record("paired", better="lower"), [Paired(0, 1)])
 
 

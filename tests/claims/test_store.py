@@ -69,7 +69,7 @@ def test_two_writers_at_once(store: Store) -> None:
 def test_unwritable_store_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     store = Store(tmp_path / "file" / "store")
-    with pytest.raises(StoreError, match="cannot write to store .*choose another with --store"):
+    with pytest.raises(StoreError, match=r"cannot write to store .*choose another with --store"):
         store.check_writable()
     with pytest.raises(StoreError, match="cannot write to"):
         store.append("a", {})

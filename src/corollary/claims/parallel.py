@@ -47,7 +47,7 @@ def _ray(jobs: int, cluster: str | None) -> AbstractContextManager[Any]:
 
 
 def run_parallel(calls: Sequence[Call], jobs: int, backend: str, cluster: str | None) -> Iterator[tuple[int, Row]]:
-    """Run trials in parallel and give each as soon as it is done, in no order.
+    """Run trials in parallel and give each as soon as it is done, in no order; after an error no more are started.
 
     Args:
         calls: (number, arguments of `run_trial`).
@@ -71,4 +71,8 @@ def run_parallel(calls: Sequence[Call], jobs: int, backend: str, cluster: str | 
             raise BackendError(f"backend '{backend}': no cluster answers at '{cluster}' ({error})") from error
         with parallel_config(backend=backend, n_jobs=jobs):
             pool = Parallel(return_as="generator_unordered", pre_dispatch=jobs, batch_size=1)
-            yield from pool(delayed(_one)(index, arguments, threads) for index, arguments in calls)
+            failed = False
+            tasks = (delayed(_one)(index, arguments, threads) for index, arguments in calls if not failed)
+            for index, row in pool(tasks):
+                failed = failed or "error" in row
+                yield index, row

@@ -285,9 +285,8 @@ class Runner:
 
         calls = [(index, (paper.module, claim.id, arm, trial(index))) for index in wanted]
         for index, row in self._run_all(claim, calls):
-            if not keep(index, row):
-                break
-            self.progress.advance()
+            if keep(index, row):
+                self.progress.advance()
         result.rows = [
             {**kept[index], "trial_seed": trial_seed(key["seed"], paper.slug, claim.id, index)}
             for index in sorted(kept)
@@ -307,7 +306,10 @@ class Runner:
     ) -> Iterator[tuple[int, Row]]:
         if self.options.jobs == 1 or claim.kind in _SERIAL or len(calls) < 2:
             for index, arguments in calls:
-                yield index, run_trial(*arguments)
+                row = run_trial(*arguments)
+                yield index, row
+                if "error" in row:
+                    break
             return
         from corollary.claims.parallel import run_parallel
 

@@ -125,8 +125,6 @@ def main() -> None:
         _fail(str(error), 2)
     except RecordError as error:
         _fail(str(error), 1)
-    except KeyboardInterrupt:
-        _fail("interrupted; what was finished is kept, and the same command goes on from there", 130)
     except Exception as error:
         if os.environ.get("COROLLARY_DEBUG"):
             raise

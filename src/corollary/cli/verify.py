@@ -110,11 +110,15 @@ def run_verify(request: Request) -> int:
         published.check_writable()
     bars = _Bars(console, len(request.targets))
     rows: list[Row] = []
-    with bars.bars:
-        for row in Runner(store, request.options, bars).verify(request.targets):
-            rows.append(row)
-            if request.publish:
-                published.append(row["slug"], {key: value for key, value in row.items() if key != "traceback"})
+    try:
+        with bars.bars:
+            for row in Runner(store, request.options, bars).verify(request.targets):
+                rows.append(row)
+                if request.publish:
+                    published.append(row["slug"], {key: value for key, value in row.items() if key != "traceback"})
+    except KeyboardInterrupt:
+        Console(stderr=True).print("corollary: interrupted; finished trials are kept, and the same command goes on from there")
+        raise typer.Exit(130) from None
     if request.json is not None:
         write_json(request.json, rows)
     if rows:
