@@ -3,9 +3,11 @@
 Nothing here opens a connection: every set is in a package that is installed, or on your disk.
 """
 
+from corollary.data.checkpoints import SafetensorsFile, load_safetensors
 from corollary.data.docstrings import stdlib_docstrings
 from corollary.data.generators import low_rank_matrix, spectrum_matrix
 from corollary.data.images import image_patches, photographs
+from corollary.data.loaders import ImageFolder, LoadError, load_csv, load_text
 from corollary.data.pretrained import hidden_states, minilm
 from corollary.data.split import Split
 from corollary.data.tables import digits, tabular
@@ -24,4 +26,10 @@ __all__ = [
     "hidden_states",
     "low_rank_matrix",
     "spectrum_matrix",
+    "ImageFolder",
+    "load_csv",
+    "load_text",
+    "load_safetensors",
+    "SafetensorsFile",
+    "LoadError",
 ]
