@@ -1,4 +1,4 @@
-"""Your own files: image folders, CSV, text. What is wrong with one is said in one line that names the file and the line in it."""
+"""Your own files: image folders, CSV, text. What is wrong with one is said in one line that names file and line."""
 
 from __future__ import annotations
 
