@@ -1,1 +1,6 @@
 """Optimizers and schedules with the interface of ``torch.optim``."""
+
+from corollary.optim.joint import JointOptimizer, split_parameters
+from corollary.optim.rsgd import RiemannianSGD
+
+__all__ = ["RiemannianSGD", "JointOptimizer", "split_parameters"]
