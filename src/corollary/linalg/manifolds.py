@@ -213,8 +213,9 @@ class Grassmann(Manifold):
         angles = squares.clamp_min(0).sqrt()
         cosine = (basis * angles.cos().unsqueeze(-2)) @ basis.mT
         sine = (basis * torch.sinc(angles / torch.pi).unsqueeze(-2)) @ basis.mT
-        y: Tensor = frame @ cosine + step @ sine
-        return torch.sub(1.5 * y, y @ (y.mT @ y), alpha=0.5).to(x.dtype)
+        y = frame @ cosine + step @ sine
+        y = torch.sub(1.5 * y, y @ (y.mT @ y), alpha=0.5)
+        return y.to(x.dtype)
 
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
         if self.retraction == "geodesic":
@@ -225,15 +226,18 @@ class Grassmann(Manifold):
             q, r = torch.linalg.qr(y)
             # LAPACK leaves the signs of R's diagonal open; a negative one would turn a column against its momentum.
             signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
-            return (q * signs.unsqueeze(-2)).to(x.dtype)
+            y = q * signs.unsqueeze(-2)
+            return y.to(x.dtype)
         # YᵀY = I + VᵀV has no eigenvalue under 1, so its inverse square root is safe.
         squares, basis = torch.linalg.eigh(y.mT @ y)
-        return (y @ (basis * squares.rsqrt().unsqueeze(-2)) @ basis.mT).to(x.dtype)
+        y = y @ (basis * squares.rsqrt().unsqueeze(-2)) @ basis.mT
+        return y.to(x.dtype)
 
     def normalize(self, x: Tensor) -> Tensor:
         """The nearest frame: the orthogonal polar factor, by SVD, which stands any condition number."""
         u, _, wt = torch.linalg.svd(_working(x)[0], full_matrices=False)
-        return (u @ wt).to(x.dtype)
+        nearest: Tensor = u @ wt
+        return nearest.to(x.dtype)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         first, second = _working(x, y)
@@ -256,7 +260,8 @@ class Grassmann(Manifold):
         work = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
         # The span of a Gaussian matrix is uniform on the Grassmannian.
         noise = torch.randn(*batch, self.n, self.k, generator=generator, dtype=work, device=device)
-        return torch.linalg.qr(noise).Q.to(dtype)
+        frame: Tensor = torch.linalg.qr(noise).Q
+        return frame.to(dtype)
 
 
 @dataclass(frozen=True)

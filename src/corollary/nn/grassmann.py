@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from corollary.linalg.manifolds import Grassmann, ManifoldParameter, Transposed
+from corollary.linalg.manifolds import Grassmann, ManifoldParameter, Transposed, manifold_of
 
 
 class _Norm(torch.autograd.Function):
@@ -114,6 +115,14 @@ class GrassmannLinear(nn.Module):
         with torch.no_grad():
             drawn = self.weight.manifold.random_point(self.num_classes, dtype=self.weight.dtype, device=self.weight.device)
             self.weight.copy_(drawn)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GrassmannLinear:
+        manifold = self.weight.manifold
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # Moves between kinds of tensor (``to_empty`` from the meta device) put a new, ordinary parameter in place.
+        if manifold_of(self.weight) is None:
+            self.weight = ManifoldParameter(self.weight.detach(), manifold, self.weight.requires_grad)
+        return self
 
     def forward(self, input: Tensor) -> Tensor:
         """Logits ``(..., num_classes)`` of features ``(..., in_features)``."""

@@ -5,5 +5,6 @@
 
 from corollary.testing.case import Case, Check, checks, iterate_checks, run_checks
 from corollary.testing.layer import check_layer
+from corollary.testing.manifold import check_manifold
 
-__all__ = ["Case", "Check", "checks", "iterate_checks", "run_checks", "check_layer"]
+__all__ = ["Case", "Check", "checks", "iterate_checks", "run_checks", "check_layer", "check_manifold"]
