@@ -221,12 +221,12 @@ class Grassmann(Manifold):
         if self.retraction == "geodesic":
             return self.exp(x, v)
         frame, step = _working(x, v)
-        y = frame + step
+        y: Tensor = frame + step
         if self.retraction == "qr":
             q, r = torch.linalg.qr(y)
             # LAPACK leaves the signs of R's diagonal open; a negative one would turn a column against its momentum.
             signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
-            y = q * signs.unsqueeze(-2)
+            y = torch.mul(q, signs.unsqueeze(-2))
             return y.to(x.dtype)
         # YᵀY = I + VᵀV has no eigenvalue under 1, so its inverse square root is safe.
         squares, basis = torch.linalg.eigh(y.mT @ y)
