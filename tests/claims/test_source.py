@@ -66,7 +66,7 @@ def test_imports_are_followed_name_by_name(tmp_path: Path) -> None:
     paper = _paper(tmp_path, "from corollary.claims import claim\nfrom corollary.data import digits\n")
     names = {path.name for path in source.sources(paper)}
     assert "steady.py" in names
-    assert "digits.py" in names
+    assert "tables.py" in names
     assert "text.py" not in names, "a neighbour in the same package is none of its business"
     assert "trial.py" not in names, "the engine is left out"
 

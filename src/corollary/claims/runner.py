@@ -33,6 +33,7 @@ BACKENDS = ("loky", "dask", "ray")
 _SERIAL = ("ratio", "slope")
 _SMOKE_PAIRS = 2
 _TUNING = -1
+_UNTUNED: Row = {"tuned": {}}
 
 
 class Progress(Protocol):
@@ -140,9 +141,8 @@ def run_trial(module: str, claim: str, arm: str, trial: Trial, *, tuning: bool =
         function = _function(module, claim)
         _seed_everything(trial.seed)
         if tuning:
-            tune = function.tune
-            assert tune is not None
-            return {"tuned": _plain(tune(trial, **(function.overrides if arm == "control" else {})))}
+            overrides = function.overrides if arm == "control" else {}
+            return {"tuned": _plain(function.tune(trial, **overrides))} if function.tune else _UNTUNED
         evidence = function.control(trial) if arm == "control" else function(trial)
         if not isinstance(evidence, Evidence):
             raise EvidenceError(f"returned {type(evidence).__name__}; a claim returns Paired, Exact, Slope or Ratio")
@@ -277,9 +277,9 @@ class Runner:
             seed = trial_seed(key["seed"], paper.slug, claim.id, index)
             return Trial(seed=seed, scale=key["scale"], device=key["device"], tuned=result.tuned)
 
-        if wanted and _TUNING not in kept and self._has_tuning(paper, claim):
+        if wanted and _TUNING not in kept:
             row = run_trial(paper.module, claim.id, arm, trial(_TUNING), tuning=True)
-            if not keep(_TUNING, row):
+            if row != _UNTUNED and not keep(_TUNING, row):
                 return result
         result.tuned = kept.get(_TUNING, {}).get("tuned", {})
 
@@ -293,13 +293,6 @@ class Runner:
             if 0 <= index < total
         ]
         return result
-
-    @staticmethod
-    def _has_tuning(paper: Paper, claim: ClaimRecord) -> bool:
-        try:
-            return _function(paper.module, claim.id).tune is not None
-        except Exception:  # noqa: BLE001 - the first trial meets the same error and reports it with its reason
-            return False
 
     def _run_all(
         self, claim: ClaimRecord, calls: Sequence[tuple[int, tuple[str, str, str, Trial]]]

@@ -65,9 +65,7 @@ class Store:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise StoreError(
-                f"cannot write to the store '{self.root}': {error.strerror}; choose another with --store"
-            ) from error
+            raise StoreError(f"cannot write to store '{self.root}': {error.strerror}; choose another with --store") from error
 
     def append(self, slug: str, row: Mapping[str, Any]) -> None:
         """Append one row; it is on the disk when this returns. Infinite and NaN numbers are refused."""

@@ -30,8 +30,10 @@ def check_package(package: str | None) -> None:
 
 
 def _summary(paper: Paper, rows: list[Row]) -> str:
-    counts = Counter(row["verdict"] for row in rows if row["slug"] == paper.slug)
-    marks = [f"[{colour}]{mark} {counts[v]}[/]" for v, (mark, colour) in STYLE.items() if counts[v]]
+    counts = Counter(STYLE[row["verdict"]] for row in rows if row["slug"] == paper.slug)
+    marks = [
+        f"[{colour}]{mark} {counts[mark, colour]}[/]" for mark, colour in dict.fromkeys(STYLE.values()) if counts[mark, colour]
+    ]
     missing = len(paper.claims) - sum(counts.values())
     if missing:
         marks.append(f"[dim]· {missing}[/]")

@@ -117,11 +117,12 @@ def report(out: Out = Path("report"), store: StoreDir = None, json: Json = None)
 
 def main() -> None:
     """Run the command line; every failure is one clear line and an exit status."""
+    from corollary.claims.parallel import BackendError
     from corollary.claims.store import StoreError
 
     try:
         app()
-    except (UnknownPaper, StoreError) as error:
+    except (UnknownPaper, StoreError, BackendError) as error:
         _fail(str(error), 2)
     except RecordError as error:
         _fail(str(error), 1)

@@ -53,6 +53,12 @@ def effect_text(row: dict[str, Any]) -> str:
     return f"×{text}" if row["kind"] == "ratio" else text
 
 
+def check_json(path: Path) -> None:
+    """Refuse a place for JSON that cannot be written, before any work is spent."""
+    if str(path) != "-" and not (path.parent.is_dir() and os.access(path.parent, os.W_OK) and not path.is_dir()):
+        raise StoreError(f"cannot write '{path}': its folder is missing or not writable")
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write JSON to a file, whole or not at all; '-' is standard output."""
     text = json.dumps(data, indent=1, allow_nan=False) + "\n"

@@ -25,7 +25,7 @@ from corollary.claims.record import ClaimRecord, Paper, catalogue, get_paper
 from corollary.claims.runner import Options, Runner
 from corollary.claims.store import Row, Store, default_store, latest_verdicts, published_results
 from corollary.cli.listing import check_package, verdicts
-from corollary.cli.output import control_text, effect_text, verdict_text, write_json
+from corollary.cli.output import check_json, control_text, effect_text, verdict_text, write_json
 
 Target = tuple[Paper, ClaimRecord]
 
@@ -105,6 +105,8 @@ def run_verify(request: Request) -> int:
     if not request.targets:
         console.print("nothing to verify: every published verdict is fresh")
     store = Store(request.store or default_store())
+    if request.json is not None:
+        check_json(request.json)
     published = Store(published_results())
     if request.publish:
         published.check_writable()

@@ -1,0 +1,1 @@
+"""Interleaved benchmarks of every component that has a peer: ``python -m benchmarks``."""
