@@ -5,6 +5,7 @@
 
 from corollary.testing.case import Case, Check, checks, iterate_checks, run_checks
 from corollary.testing.layer import check_layer
+from corollary.testing.loss import check_loss
 from corollary.testing.manifold import check_manifold
 
-__all__ = ["Case", "Check", "checks", "iterate_checks", "run_checks", "check_layer", "check_manifold"]
+__all__ = ["Case", "Check", "checks", "iterate_checks", "run_checks", "check_layer", "check_loss", "check_manifold"]
