@@ -4,8 +4,21 @@
 """
 
 from corollary.testing.case import Case, Check, checks, iterate_checks, run_checks
+from corollary.testing.diagnostic import check_diagnostic
+from corollary.testing.function import check_function
 from corollary.testing.layer import check_layer
 from corollary.testing.loss import check_loss
 from corollary.testing.manifold import check_manifold
 
-__all__ = ["Case", "Check", "checks", "iterate_checks", "run_checks", "check_layer", "check_loss", "check_manifold"]
+__all__ = [
+    "Case",
+    "Check",
+    "checks",
+    "iterate_checks",
+    "run_checks",
+    "check_diagnostic",
+    "check_function",
+    "check_layer",
+    "check_loss",
+    "check_manifold",
+]
