@@ -41,7 +41,7 @@ def problem(batches: int, dtype: torch.dtype) -> tuple[nn.Module, Iterator[Tenso
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return model, (torch.randn(64, 6, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(batches))
+    return model, (torch.randn(512, 6, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(batches))
 
 
 def sound(model: nn.Module, data: Iterator[Tensor], seed: int) -> Report:
@@ -118,7 +118,7 @@ def keeps_outputs(model: Any, data: Any, seed: int) -> Report:
 
     def read() -> Iterator[Tensor]:
         for x in data:
-            kept.append(x.sum(1))
+            kept.append(x.sum(1).double())
             yield x
 
     return sound(model, read(), seed)

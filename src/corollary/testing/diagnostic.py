@@ -4,7 +4,7 @@ A case's ``make(model, data, seed=...)`` runs the diagnostic, loss and options f
 
 ==================  =========================================================================================
 ``problem``         required: ``problem(batches=..., dtype=...)`` gives a fresh model and an iterable of so many batches,
-                    the same ones each time; draw batches as they are asked for, so that memory can be measured
+                    the same ones each time; draw batches of some kilobytes as they are asked for, so that memory shows
 ``streams``         whether memory is independent of the number of batches; default True
 ``dtypes``          floating dtypes of the model it takes; default float16, bfloat16, float32 and float64
 ``precision``       dtype to allowed error relative to float64; default 1e-1 (bfloat16), 5e-2 (float16), 1e-3 (float32)
@@ -131,7 +131,10 @@ def memory(case: Case) -> None:
         return peak_bytes(lambda: _run(case, problem))
 
     few, many = peak(_FEW), peak(_MANY)
-    assert many <= 1.1 * few + 8192, f"{_FEW} batches take {few} bytes at the peak, {_MANY} take {many}: memory grows with data"
+    # The slack is for the measurement, which allocates a little for each operation that it watches.
+    assert many <= 1.1 * few + 32768, (
+        f"{_FEW} batches take {few} bytes at the peak, {_MANY} take {many}: memory grows with data"
+    )
 
 
 def determinism(case: Case) -> None:
