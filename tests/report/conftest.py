@@ -155,7 +155,8 @@ def make_rows() -> list[dict[str, Any]]:
     curves = {
         "training loss": {"x": steps, "y": fall, "xlabel": "step", "ylabel": "loss", "log": "y"},
         "learning_rates": {"x": [1e-4, 1e-3, 1e-2, 1e-1],
-                           "y": {"ours": [0.2, 0.11, 0.1, 0.13], "AdamW": [0.25, 0.14, 0.3, 0.9]}, "xlabel": "learning rate", "ylabel": "test error", "log": "x"},
+                           "y": {"ours": [0.2, 0.11, 0.1, 0.13], "AdamW": [0.25, 0.14, 0.3, 0.9]},
+                           "xlabel": "learning rate", "ylabel": "test error", "log": "x"},
     }  # fmt: skip
     slopes = [(sizes, [float(0.8 * n**-0.5 * math.exp(0.08 * rng.normal())) for n in sizes]) for _ in range(8)]
     flat = [(sizes, [float(0.8 * math.exp(0.08 * rng.normal())) for _ in sizes]) for _ in range(8)]

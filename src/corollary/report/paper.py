@@ -110,7 +110,7 @@ def _raw_table(view: ClaimView) -> Html | None:
     names = {"paired": ("ours", "baseline"), "ratio": ("ours", "baseline"), "exact": ("error",), "slope": ()}[view.claim.kind]
     value = {"paired": "ours − baseline", "ratio": "ours / baseline", "exact": "", "slope": "exponent"}[view.claim.kind]
     logged = list(dict.fromkeys(k for t in (*view.trials, *view.control_trials) for k in t.logged))
-    heads = ["", "Trial", "Seed", *names, *([value] if value else []), *logged, "seconds"]
+    heads = ["run", "trial", "seed", *names, *([value] if value else []), *logged, "seconds"]
     rows = []
     for label, trials in (("method", view.trials), ("control", view.control_trials)):
         for t in trials:
@@ -120,7 +120,8 @@ def _raw_table(view: ClaimView) -> Html | None:
             cells += [plain_value(t.logged[k]) if k in t.logged else "" for k in logged]
             cells.append(number(t.seconds) if t.seconds is not None else "")
             rows.append(h("tr", [h("td", c, class_="num" if i > 2 else None) for i, c in enumerate(cells)]))
-    head = h("tr", [h("th", name or h("span", "Run", class_="unseen"), scope="col") for name in heads])
+    columns = [h("th", name, scope="col", class_="num" if i > 2 else None) for i, name in enumerate(heads)]
+    head = h("tr", columns)
     table = h("table", h("thead", head), h("tbody", rows), class_="data")
     name = f"Raw values of {view.claim.id}"
     return h(

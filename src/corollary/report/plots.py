@@ -61,7 +61,7 @@ def _effect_axis(view: ClaimView) -> Axis:
     return Axis.around([*own, *ends, *near], label=view.quantity, pad=0.08)
 
 
-def _row_of_trials(plot: Plot, view: ClaimView, trials: Sequence[TrialView], at: float, class_: str) -> None:
+def _row_of_trials(plot: Plot, view: ClaimView, trials: Sequence[TrialView], at: float, label_at: float, class_: str) -> None:
     """Dots of the trials, spread a little so that equal values stay apart; values beyond the axis become arrows."""
     axis = plot.x
     beyond: dict[str, list[float]] = {"left": [], "right": []}
@@ -73,7 +73,7 @@ def _row_of_trials(plot: Plot, view: ClaimView, trials: Sequence[TrialView], at:
         spread = ((trial.index * 7) % 5 - 2) * 0.035
         tip = f"trial {trial.index}, seed {trial.seed}: {number(trial.value)}"
         plot.dot(trial.value, at + spread, class_, title=tip, r=3)
-    y = plot.py(at)
+    y, words = plot.py(at), []
     for side, values in beyond.items():
         if values:
             x = plot.left + 2 if side == "left" else plot.width - plot.right - 2
@@ -81,9 +81,9 @@ def _row_of_trials(plot: Plot, view: ClaimView, trials: Sequence[TrialView], at:
             path = f"M{compact(x)} {compact(y)}l{-turn} -5v10z"
             plot.add(h("path", h("title", f"{len(values)} beyond the axis"), d=path, class_=f"beyond {class_}"))
             extreme = min(values) if side == "left" else max(values)
-            words = f"{len(values)} off scale, to {number(extreme)}"
-            anchor = "start" if side == "left" else "end"
-            plot.text(x + (12 if side == "left" else -12), y + 4, words, "small", anchor)
+            words.append(f"{len(values)} off scale, to {number(extreme)}")
+    if words:
+        plot.text(plot.left + 56, label_at, ", ".join(words), "small")
 
 
 def effect_plot(view: ClaimView) -> Html:
@@ -105,8 +105,9 @@ def effect_plot(view: ClaimView) -> Html:
         if math.isfinite(end):
             plot.upright(end, "threshold")
     _name_threshold(plot, view)
-    plot.text(plot.left + 4, plot.py(at + (0.2 if has_control else 0.36)), "method", "small strong")
-    _row_of_trials(plot, view, view.trials, at, "ours faint")
+    label_at = plot.top + 15
+    plot.text(plot.left + 4, label_at, "method", "small strong")
+    _row_of_trials(plot, view, view.trials, at, label_at, "ours faint")
     effect, ci_low, ci_high = (view.number(name) for name in ("effect", "ci_low", "ci_high"))
     y = plot.py(at)
     if ci_low is not None and ci_high is not None:
@@ -115,8 +116,9 @@ def effect_plot(view: ClaimView) -> Html:
     if effect is not None:
         _diamond(plot, effect, y, "ours", f"effect {words}")
     if has_control:
-        plot.text(plot.left + 4, plot.py(below + 0.2), "control", "small strong")
-        _row_of_trials(plot, view, view.control_trials, below, "control faint")
+        label_at = plot.top + 73
+        plot.text(plot.left + 4, label_at, "control", "small strong")
+        _row_of_trials(plot, view, view.control_trials, below, label_at, "control faint")
         if plot.x.low <= middle <= plot.x.high:
             _diamond(plot, middle, plot.py(below), "control", f"control {number(middle)}")
     return plot.render()
@@ -127,10 +129,12 @@ def _name_threshold(plot: Plot, view: ClaimView) -> None:
     low, high = view.span
     edge = high if low == -math.inf else low
     at = plot.px(edge)
-    if low == -math.inf:
-        words, anchor = f"← holds below {plain(high)}", "end"
+    if view.claim.kind == "exact":
+        words, anchor = f"← passes up to {plain(high)}", "end"
+    elif low == -math.inf:
+        words, anchor = f"← holds below {plain(high)}{view.unit}", "end"
     elif high == math.inf:
-        words, anchor = f"holds above {plain(low)} →", "start"
+        words, anchor = f"holds above {plain(low)}{view.unit} →", "start"
     else:
         words, anchor, at = f"holds from {plain(low)} to {plain(high)}", "middle", (plot.px(low) + plot.px(high)) / 2
     wide = len(words) * CHAR

@@ -105,12 +105,12 @@ def _headline(board: Board) -> Html:
     sound = [c for c in controls if not c.defect]
     defects, stale = sum(c.defect for c in claims), sum(c.stale for c in claims)
     seconds = sum(c.number("seconds") or 0.0 for c in measured)
-    holding = sum(c.state.key in PASSING for c in claims)
+    holding = sum(c.state.key in PASSING and not c.defect for c in claims)
     facts = [
         (str(len(board.papers)), "papers" if len(board.papers) != 1 else "paper", None),
         (f"{len(measured)} / {len(claims)}", "claims measured", None),
         (str(holding), "hold at this scale", None),
-        (f"{len(sound)} / {len(controls)}", "controls did not pass", None),
+        (f"{len(sound)} / {len(controls)}", "controls that did not pass", None),
         (duration(seconds) if measured else "–", "of measuring", None),
     ]
     warnings = []

@@ -46,7 +46,7 @@ def _family(board: Board) -> Html:
             "p",
             f"With {fewest} pairs a sign-flip test cannot give less than 2",
             h("sup", f"−{fewest}"),
-            f" = {p_value(0.5**fewest)}, and {m} times that is not below {ALPHA}: in a family of this size the claims with so few "
+            f" = {p_value(0.5**fewest)}, and {m} times that is not below {ALPHA}: in a family of this size claims with so few "
             "pairs cannot all survive the correction, however large their effects.",
             class_="callout",
         )
@@ -71,7 +71,8 @@ def _family(board: Board) -> Html:
                 h("td", badge(view.state)),
             )
         )
-    heads = [h("th", name, scope="col") for name in ("Rank", "Claim", "Pairs", "p", "Adjusted p", f"Below {ALPHA}", "Verdict")]
+    names = ("Rank", "Claim", "Pairs", "p", "Adjusted p", f"Below {ALPHA}", "Verdict")
+    heads = [h("th", name, scope="col", class_="num" if i in (0, 2, 3, 4) else None) for i, name in enumerate(names)]
     table = h("table", h("thead", h("tr", heads)), h("tbody", rows), class_="data family")
     scroll = h("div", table, class_="scroll", tabindex="0", role="region", aria_label="p values with Holm's correction")
     return join(text, limit, h("div", holm_plot(raw, ALPHA), class_="plots"), scroll)
@@ -93,7 +94,7 @@ def statistics_page(board: Board) -> Html:
     if board.orphans:
         orphans = h(
             "p",
-            f"{count(len(board.orphans), 'stored row')} speak of claims that no record has (any more), and are shown nowhere: ",
+            f"{count(len(board.orphans), 'stored row')} of claims that no record has any more, shown nowhere else: ",
             join(*[join(", " if i else "", h("code", f"{r['slug']}:{r['claim']}")) for i, r in enumerate(board.orphans)]),
             ".",
         )

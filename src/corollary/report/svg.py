@@ -78,6 +78,12 @@ def tick_labels(ticks: Sequence[float], log: bool = False) -> list[str]:
     return ["0" if t == 0 else f"{t:.{decimals}f}".replace("-", "−") for t in ticks]
 
 
+def shorten(words: str, room: float) -> str:
+    """Words cut to what fits into so many user units, with an ellipsis where something is missing."""
+    most = max(3, int(room / CHAR))
+    return words if len(words) <= most else words[: most - 1].rstrip() + "…"
+
+
 @dataclass(frozen=True)
 class Axis:
     """One axis: where it begins and ends, whether it is logarithmic, what it says."""
@@ -216,13 +222,13 @@ class Plot:
                 parts.append(h("text", words, x=middle, y=foot + 17, text_anchor="middle"))
         parts.append(h("line", x1=self.left, x2=end, y1=foot, y2=foot, class_="axis"))
         if self.x.label:
-            parts.append(
-                h("text", self.x.label, x=(self.left + end) / 2, y=self.height - 6, text_anchor="middle", class_="axis-name")
-            )
+            name = shorten(self.x.label, end - self.left)
+            parts.append(h("text", name, x=(self.left + end) / 2, y=self.height - 6, text_anchor="middle", class_="axis-name"))
         if self.y.label:
             middle = (self.top + foot) / 2
             turn = f"rotate(-90 12 {compact(middle)})"
-            parts.append(h("text", self.y.label, x=12, y=middle, transform=turn, text_anchor="middle", class_="axis-name"))
+            name = shorten(self.y.label, foot - self.top)
+            parts.append(h("text", name, x=12, y=middle, transform=turn, text_anchor="middle", class_="axis-name"))
         return parts
 
     def render(self) -> Html:
