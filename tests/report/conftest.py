@@ -111,7 +111,7 @@ def _row(paper: Paper, claim_id: str, verdict: str, control: str | None, **field
         "commit": "0123456789abcdef0123456789abcdef01234567", "source_hash": "feedface" * 8,
         "packages": {"torch": "2.13.0", "numpy": "2.3.1"},
         "machine": {"system": "Linux", "cpu": "a made-up processor", "cores": 2}, "time": "2025-11-20T16:30:12+00:00",
-        "stale": False, "reason": None, "defect": control in ("supported at this scale", "exact check passed", "could not run"),
+        "stale": False, "reason": None, "control_reason": None, "traceback": None, "defect": control in ("supported at this scale", "exact check passed", "could not run"),
     }  # fmt: skip
     return row | fields
 
@@ -136,7 +136,8 @@ def _paired(rng: np.random.Generator, shift: float, spread: float, at: float = 0
         "values": _trials("paired", pairs, best_learning_rate=0.003, steps=400),
         "control_values": _trials("paired", [(float(a), float(b)) for a, b in zip(control, baseline, strict=True)]),
         "effect": float(difference.mean()), "ci_low": float(difference.mean() - half),
-        "ci_high": float(difference.mean() + half), "pairs": n,
+        "ci_high": float(difference.mean() + half), "pairs": n, "control_effect": float((control - baseline).mean()),
+        "control_ci_low": -0.03 * spread, "control_ci_high": 0.08 * spread,
     }  # fmt: skip
 
 
@@ -155,7 +156,7 @@ def make_rows() -> list[dict[str, Any]]:
     curves = {
         "training loss": {"x": steps, "y": fall, "xlabel": "step", "ylabel": "loss", "log": "y"},
         "learning_rates": {"x": [1e-4, 1e-3, 1e-2, 1e-1],
-                           "y": {"ours": [0.2, 0.11, 0.1, 0.13], "AdamW": [0.25, 0.14, 0.3, 0.9]},
+                           "y": {"ours": [0.2, 0.11, 0.1, 0.13], "AdamW": [0.25, 0.14, None, 0.9]},
                            "xlabel": "learning rate", "ylabel": "test error", "log": "x"},
     }  # fmt: skip
     slopes = [(sizes, [float(0.8 * n**-0.5 * math.exp(0.08 * rng.normal())) for n in sizes]) for _ in range(8)]
@@ -182,7 +183,7 @@ def make_rows() -> list[dict[str, Any]]:
              ci_high=-3.99894e15, values=_trials("paired", huge), control_values=_trials("paired", [(4e15, 4e15)] * 10)),
         _row(papers["wild"], "tiny", passed, failed, effect=3.3e-16, pairs=6,
              values=_trials("exact", [(v,) for v in (0.0, 1e-17, 2.2e-16, 3.3e-16, 1e-300, 5e-17)]),
-             control_values=_trials("exact", [(v,) for v in (0.3, 1e300, math.inf, 2.0, 1.0, 0.7)])),
+             control_values=_trials("exact", [(v,) for v in (0.3, 1e300, "inf", 2.0, 1.0, 0.7)])),
         _row(papers["hostile"], "hostile_claim", unsure, no, p_value=0.4, reason=HOSTILE, tuned={HOSTILE: HOSTILE},
              figures={HOSTILE: {"x": [1, 2, 3], "y": {HOSTILE: [1, 2, 3]}, "xlabel": HOSTILE, "ylabel": HOSTILE, "log": ""}},
              commit=HOSTILE, machine={HOSTILE: HOSTILE}, time=HOSTILE, **_paired(rng, 0.0, 0.02)),
@@ -198,7 +199,8 @@ def make_rows() -> list[dict[str, Any]]:
              values=_trials("exact", [(v,) for v in (1e-9, 4.4e-9, 2e-9, 3e-9, 1e-9, 8e-10)]),
              control_values=_trials("exact", [(0.8,), (1.3,), (0.5,), (0.9,), (1.1,), (0.6,)])),
         _row(papers["equiv"], "breaks", "could not run", "could not run", pairs=0, seconds=0.02,
-             reason="ModuleNotFoundError: No module named 'example'"),
+             reason="ModuleNotFoundError: No module named 'example' (trial 0, seed 12)",
+             control_reason=HOSTILE, traceback="Traceback (most recent call last):\n  File <made-up>\n" + HOSTILE),
         _row(papers["heads"], "error", yes, yes, p_value=0.004, **_paired(rng, -0.02, 0.01, n=12)),
         _row(papers["heads"], "transfer", unsure, no, p_value=0.06, **_paired(rng, 0.006, 0.02, at=0.8, n=30), stale=True),
         {"slug": "heads", "claim": "no_longer_there", "verdict": yes, "control_verdict": no, "p_value": 0.0001},

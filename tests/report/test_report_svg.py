@@ -61,7 +61,7 @@ def test_axis_is_linear_or_logarithmic() -> None:
 
 def test_labels_of_ticks() -> None:
     assert tick_labels([0, 0.05, 0.1]) == ["0", "0.05", "0.10"]
-    assert tick_labels([-1e7, 0, 1e7]) == ["−1.0×10⁷", "0", "1.0×10⁷"]
+    assert tick_labels([-1e7, 0, 1e7]) == ["−1×10⁷", "0", "1×10⁷"]
     assert tick_labels([0.01, 0.1, 1, 10], log=True) == ["0.01", "0.1", "1", "10"]
 
 

@@ -8,11 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from corollary.claims.record import ClaimRecord, Paper
-from corollary.report.views import BY_KEY, ClaimView, build_board, centre, holm
+from corollary.report.views import BY_KEY, ClaimView, build_board, centre
 
 PAPER = Paper(slug="made-up", package="optim", title="Made up", authors=("A",), year=2024, summary="s")
 
@@ -22,11 +20,14 @@ def _view(kind: str, row: dict[str, Any] | None = None, **fields: Any) -> ClaimV
     return ClaimView(PAPER, claim, row)
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=5))
-def test_holm_is_the_closed_bonferroni_test(p: list[float]) -> None:
+def test_adjusted_p_values_are_those_of_the_closed_bonferroni_test(
+    papers: Mapping[str, Paper], rows: list[dict[str, Any]]
+) -> None:
+    family = build_board(papers, rows).family
+    p = [float(view.get("p_value")) for view in family]
     every = [s for n in range(1, len(p) + 1) for s in itertools.combinations(range(len(p)), n)]
     closed = [max(min(1.0, len(s) * min(p[j] for j in s)) for s in every if i in s) for i in range(len(p))]
-    assert holm(p) == pytest.approx(closed)
+    assert [view.adjusted for view in family] == pytest.approx(closed)
 
 
 @pytest.mark.parametrize(
@@ -106,3 +107,9 @@ def test_a_trial_without_evidence_is_left_out() -> None:
     ]
     view = _view("paired", {"values": [good, *bad]}, better="lower")
     assert [t.value for t in view.trials] == [-1.0]
+
+
+def test_an_error_without_bound_is_shown_as_such() -> None:
+    trial = {"seed": 1, "evidence": {"kind": "exact", "error": "inf"}}
+    view = _view("exact", {"verdict": "exact check failed", "effect": None, "values": [trial]}, tolerance=1e-6)
+    assert view.measured == ("∞", "")

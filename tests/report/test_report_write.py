@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from corollary.claims.record import Paper
-from corollary.report import ReportError, scoreboard_markdown, write_report
+from corollary.report import ReportError, readme, scoreboard_markdown, write_report
 
 Rows = list[dict[str, Any]]
 
@@ -125,3 +125,28 @@ def test_markdown_is_one_table_that_nothing_breaks(papers: Mapping[str, Paper], 
     assert "**defect: the control passed**" in text
     assert "○ not yet measured |  |" in text
     assert "javascript" not in text
+
+
+README = "# Made up\n\n<!-- scoreboard -->\nold\n<!-- /scoreboard -->\n\nAfter.\n"
+
+
+def test_the_readme_is_brought_up_to_date_and_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "README.md"
+    path.write_text(README)
+    assert readme.main([str(path), "--check"]) == 1
+    assert "make scoreboard" in capsys.readouterr().err
+    assert path.read_text() == README
+    assert readme.main([str(path)]) == 0
+    text = path.read_text()
+    assert text.startswith("# Made up\n\n<!-- scoreboard -->\n\n| Paper |")
+    assert text.endswith("\n<!-- /scoreboard -->\n\nAfter.\n")
+    assert readme.main([str(path), "--check"]) == 0
+
+
+@pytest.mark.parametrize("text", ["none", "<!-- /scoreboard --><!-- scoreboard -->", README + README])
+def test_a_readme_without_its_markers_is_refused(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "README.md"
+    path.write_text(text)
+    assert readme.main([str(path)]) == 2
+    assert "needs one '<!-- scoreboard -->'" in capsys.readouterr().err
+    assert path.read_text() == text

@@ -36,8 +36,9 @@ def tour(out: Out = Path("report"), seed: Seed = 0, jobs: Jobs = 1, store: Store
     """Verify a flagship claim of each paper on real data, then write the report."""
     from corollary.claims.record import catalogue
     from corollary.claims.runner import Options
-    from corollary.cli.verify import Request, run_report, run_verify
+    from corollary.cli.verify import Request, check_report, run_report, run_verify
 
+    check_report(out)
     targets = [(paper, claim) for paper in catalogue().values() for claim in paper.claims if claim.tour]
     request = Request(targets=targets, options=Options(seed=seed, jobs=jobs), store=store, json=json)
     status = run_verify(request)

@@ -155,13 +155,26 @@ def _footer(console: Console, rows: Sequence[Row], request: Request) -> None:
         console.print(f"[bold magenta]{defects} claim(s) have a control that passes or could not run: a defect of ours.[/]")
 
 
+def check_report(out: Path) -> None:
+    """Refuse a folder that the report cannot go into, before any work is spent."""
+    from corollary.report import ReportError, check_folder
+
+    try:
+        check_folder(out)
+    except ReportError as error:
+        raise typer.BadParameter(str(error), param_hint="'--out'") from error
+
+
 def run_report(out: Path, store: Path | None, json: Path | None = None) -> None:
     """Write the report of all verdicts, published and the user's own."""
-    from corollary.report import write_report  # type: ignore[import-untyped,import-not-found,unused-ignore]
+    from corollary.report import ReportError, write_report
 
     papers = catalogue()
     rows = verdicts(list(papers.values()), store)
-    index = write_report(out, papers, rows)
+    try:
+        index = write_report(out, papers, rows)
+    except ReportError as error:
+        raise typer.BadParameter(str(error), param_hint="'--out'") from error
     if json is not None:
         write_json(json, {"index": str(index), "verdicts": rows})
     Console(stderr=str(json) == "-").print(

@@ -6,6 +6,6 @@ Nothing here imports torch or a paper's module; signatures are read from the com
 from __future__ import annotations
 
 from corollary.report.markdown import scoreboard_markdown
-from corollary.report.write import ReportError, write_report
+from corollary.report.write import ReportError, check_folder, write_report
 
-__all__ = ["ReportError", "scoreboard_markdown", "write_report"]
+__all__ = ["ReportError", "check_folder", "scoreboard_markdown", "write_report"]

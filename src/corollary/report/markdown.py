@@ -50,7 +50,7 @@ def scoreboard_markdown(papers: Mapping[str, Paper], rows: Sequence[Mapping[str,
         title = f"[{_cell(paper.title)}]({address})" if address else _cell(paper.title)
         for i, claim in enumerate(view.claims):
             words, bracket = claim.measured
-            measured = f"{words} {_cell(bracket)}".strip() if claim.number("effect") is not None else ""
+            measured = f"{words} {_cell(bracket)}".strip() if claim.effect is not None else ""
             verdict = f"{claim.state.mark} {claim.state.label}" + (" (stale)" if claim.stale else "")
             names = (title, f"`{paper.package}`") if i == 0 else ("", "")
             cells = (*names, _cell(claim.claim.statement), measured, _cell(verdict), _control(claim))

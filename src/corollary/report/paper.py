@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from corollary.claims.record import Component
+from corollary.claims.stats import ALPHA
 from corollary.report.html import Child, Html, h, inline, join, link, prose
 from corollary.report.numbers import count, duration, moment, number, p_value, plain
 from corollary.report.plots import effect_plot, raw_plot, trial_figure
 from corollary.report.scoreboard import arxiv_link
 from corollary.report.shell import badge, flags, icon, page
 from corollary.report.signatures import read_signature
-from corollary.report.views import ALPHA, FAILING, PASSING, Board, ClaimView, PaperView
+from corollary.report.views import FAILING, PASSING, Board, ClaimView, PaperView
 
 
 def _code(text: str) -> Html:
@@ -100,6 +101,7 @@ def _control(view: ClaimView) -> Html:
         h("p", h("span", "Broken on purpose: ", class_="soft"), inline(view.claim.control)),
         h("p", icon(shape), h("span", words), class_=f"control {tone}"),
         h("p", "Its own verdict: ", badge(state)) if state is not None else None,
+        h("p", "Reason: ", inline(str(view.get("control_reason"))), class_="note") if view.get("control_reason") else None,
         class_="control-box" + (" defect" if view.defect else ""),
     )
 
@@ -131,6 +133,11 @@ def _raw_table(view: ClaimView) -> Html | None:
     )
 
 
+def _traceback(view: ClaimView) -> Html | None:
+    text = view.get("traceback")
+    return h("details", h("summary", "Traceback"), h("pre", h("code", str(text)), tabindex="0")) if text else None
+
+
 def _origin(view: ClaimView) -> Html | None:
     if view.row is None:
         return None
@@ -147,7 +154,7 @@ def _origin(view: ClaimView) -> Html | None:
         ("Took", duration(view.number("seconds")) if view.number("seconds") is not None else None),
         ("Scale", str(view.get("scale") or "")),
         ("Commit", h("code", str(view.get("commit"))[:12]) if view.get("commit") else None),
-        ("Source hash", h("code", str(view.get("source_hash"))[:16]) if view.get("source_hash") else None),
+        ("Source hash", h("code", str(view.get("source_hash"))) if view.get("source_hash") else None),
         ("Machine", listed(view.get("machine"))),
         ("Packages", listed(view.get("packages"))),
     ]
@@ -162,7 +169,7 @@ def _origin(view: ClaimView) -> Html | None:
 
 
 def _numbers(view: ClaimView) -> Html | None:
-    if view.number("effect") is None:
+    if view.effect is None:
         return None
     words, bracket = view.measured
     parts: list[tuple[str, Child]] = [(view.quantity[:1].upper() + view.quantity[1:], h("b", words))]
@@ -228,6 +235,7 @@ def _claim(view: ClaimView) -> Html:
         h("div", _control(view), _tuned(view), class_="two"),
         h("div", h("h4", "Note"), prose(claim.note), class_="note-box") if claim.note else None,
         _raw_table(view),
+        _traceback(view),
         _origin(view),
         id=claim.id,
         class_="claim-box",

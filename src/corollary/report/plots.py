@@ -40,7 +40,7 @@ def _legend(*entries: tuple[str, str]) -> Html:
 def _effect_axis(view: ClaimView) -> Axis:
     """Room for the method's trials, its interval and the threshold; a control far away is shown at the edge instead."""
     ends = [v for v in view.span if math.isfinite(v)]
-    interval = [v for name in ("effect", "ci_low", "ci_high") if (v := view.number(name)) is not None]
+    interval = [v for v in (view.effect, view.number("ci_low"), view.number("ci_high")) if v is not None]
     own = [t.value for t in view.trials] + interval
     control = [t.value for t in view.control_trials]
     log = view.claim.kind == "exact" or (view.claim.kind == "ratio" and _wide([*own, *ends, *control]))
@@ -108,19 +108,17 @@ def effect_plot(view: ClaimView) -> Html:
     label_at = plot.top + 15
     plot.text(plot.left + 4, label_at, "method", "small strong")
     _row_of_trials(plot, view, view.trials, at, label_at, "ours faint")
-    effect, ci_low, ci_high = (view.number(name) for name in ("effect", "ci_low", "ci_high"))
-    y = plot.py(at)
-    if ci_low is not None and ci_high is not None:
-        path = f"M{compact(plot.px(ci_low))} {compact(y)}H{compact(plot.px(ci_high))}"
-        plot.add(h("path", h("title", f"95% interval {bracket}"), d=path, class_="bar"))
-    if effect is not None:
-        _diamond(plot, effect, y, "ours", f"effect {words}")
+    _interval(plot, view.number("ci_low"), view.number("ci_high"), at, "bar", f"95% interval {bracket}")
+    if view.effect is not None:
+        _diamond(plot, view.effect, at, "ours", f"effect {words}")
     if has_control:
         label_at = plot.top + 73
         plot.text(plot.left + 4, label_at, "control", "small strong")
         _row_of_trials(plot, view, view.control_trials, below, label_at, "control faint")
+        ends = view.number("control_ci_low"), view.number("control_ci_high")
+        _interval(plot, *ends, below, "bar control", "95% interval of the control")
         if plot.x.low <= middle <= plot.x.high:
-            _diamond(plot, middle, plot.py(below), "control", f"control {number(middle)}")
+            _diamond(plot, middle, below, "control", f"control {number(middle)}")
     return plot.render()
 
 
@@ -142,16 +140,24 @@ def _name_threshold(plot: Plot, view: ClaimView) -> None:
     plot.text(min(max(at, room[0] + 2), room[1] - 2), 15, words, "small holds-name", anchor)
 
 
-def _diamond(plot: Plot, value: float, y: float, class_: str, title: str) -> None:
-    x, size = plot.px(value), 6.5
+def _interval(plot: Plot, low: float | None, high: float | None, at: float, class_: str, title: str) -> None:
+    """A bar over the part of an interval that the axis shows."""
+    if low is None or high is None or high < plot.x.low or low > plot.x.high:
+        return
+    path = f"M{compact(plot.px(low))} {compact(plot.py(at))}H{compact(plot.px(high))}"
+    plot.add(h("path", h("title", title), d=path, class_=class_))
+
+
+def _diamond(plot: Plot, value: float, at: float, class_: str, title: str) -> None:
+    x, y, size = plot.px(value), plot.py(at), 6.5
     path = f"M{compact(x - size)} {compact(y)}l{size} {-size} {size} {size} {-size} {size}z"
     plot.add(h("path", h("title", title), d=path, class_=f"diamond {class_}"))
 
 
 def spark(view: ClaimView) -> Html | None:
     """The effect's interval against its threshold, small enough for a table's cell; the numbers stand beside it."""
-    effect = view.number("effect")
-    if effect is None or (view.claim.kind == "exact" and not view.claim.tolerance):
+    effect = view.effect
+    if effect is None or not math.isfinite(effect) or (view.claim.kind == "exact" and not view.claim.tolerance):
         return None
     low, high = view.span
     ci_low, ci_high = view.number("ci_low"), view.number("ci_high")
@@ -225,7 +231,7 @@ def _growth(view: ClaimView) -> Html:
     slopes = [Slope(t.evidence["x"], t.evidence["y"]) for t in view.trials]
     xs = [v for s in slopes for v in s.x]
     ys = [v for s in slopes for v in s.y]
-    fitted = view.number("effect")
+    fitted = view.effect
     fitted = centre("slope", [s.value for s in slopes]) if fitted is None else fitted
     mid_x = math.exp(math.fsum(map(math.log, xs)) / len(xs))
     mid_y = math.exp(math.fsum(map(math.log, ys)) / len(ys))
@@ -258,16 +264,22 @@ def _growth(view: ClaimView) -> Html:
     return _figure(plot.render(), "Growth in every trial", None, legend)
 
 
+def _floats(stored: Sequence[float | None] | None) -> list[float]:
+    """Stored numbers; where JSON could not keep one (NaN, infinity) there is a gap."""
+    return [math.nan if v is None else float(v) for v in stored or ()]
+
+
 def trial_figure(name: str, data: Mapping[str, Any]) -> Html | None:
     """One figure that a claim kept as data."""
-    x, series = [float(v) for v in data.get("x") or ()], data.get("y") or {}
+    x = _floats(data.get("x"))
+    series = {str(label): _floats(points) for label, points in (data.get("y") or {}).items()}
     if not x or not series:
         return None
     log = str(data.get("log") or "")
-    all_y = [float(v) for points in series.values() for v in points]
+    all_y = [v for points in series.values() for v in points]
     log_x, log_y = "x" in log and any(v > 0 for v in x), "y" in log and any(v > 0 for v in all_y)
     title = name.replace("_", " ")
-    says = f"{title}: {data.get('ylabel') or 'value'} against {data.get('xlabel') or 'x'} for {', '.join(map(str, series))}."
+    says = f"{title}: {data.get('ylabel') or 'value'} against {data.get('xlabel') or 'x'} for {', '.join(series)}."
     plot = Plot(
         Axis.around(x, log=log_x, label=str(data.get("xlabel") or ""), pad=0.03),
         Axis.around(all_y, log=log_y, label=str(data.get("ylabel") or "")),
@@ -275,16 +287,15 @@ def trial_figure(name: str, data: Mapping[str, Any]) -> Html | None:
         height=250,
     )
     entries = []
-    for i, (label, points) in enumerate(series.items()):
+    for i, (label, values) in enumerate(series.items()):
         class_ = f"s{i % _SERIES + 1}" + (" again" if i >= _SERIES else "")
-        values = [float(v) for v in points]
         plot.line(x, values, class_)
         if len(x) <= 16:
             for at, value in zip(x, values, strict=True):
                 drawable = math.isfinite(value) and (value > 0 or not log_y) and (at > 0 or not log_x)
                 if drawable:
                     plot.dot(at, value, class_, title=f"{label}: {number(value)} at {plain(at)}", r=2.8)
-        entries.append((f"line {class_}", str(label)))
+        entries.append((f"line {class_}", label))
     return _figure(plot.render(), title[:1].upper() + title[1:], None, _legend(*entries))
 
 

@@ -24,7 +24,7 @@ def short_authors(authors: tuple[str, ...], most: int = 3) -> str:
 def measured_cell(view: ClaimView) -> Html:
     """The effect, its interval, and what it is."""
     words, bracket = view.measured
-    if view.number("effect") is None:
+    if view.effect is None:
         return h("span", "–", h("span", "nothing measured", class_="unseen"), class_="soft")
     return join(h("span", words, class_="effect"), " ", h("span", bracket, class_="ci"), spark(view))
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from corollary.claims.stats import ALPHA
 from corollary.report.html import Html, h, inline, join
 from corollary.report.numbers import count, p_value, plain
 from corollary.report.plots import holm_plot
 from corollary.report.shell import badge, page
-from corollary.report.views import ALPHA, STATES, Board
+from corollary.report.views import STATES, Board
 
 _KINDS = {
     "paired": "Ours against a tuned baseline on the same seed, split and start. Supported when the BCa bootstrap interval of "
@@ -14,9 +15,9 @@ _KINDS = {
     "exact": "An identity or a bound over random instances. Passes when the largest error of all trials is within the "
     "tolerance.",
     "slope": "Growth of a cost or an error with size, fitted between logarithms. Supported when the interval of the exponent "
-    "lies within the tolerance of the predicted one; a one-sided claim binds one side only.",
+    "lies within the tolerance of the predicted one, and p < 0.05; a one-sided claim binds one side only.",
     "ratio": "Time or bytes against the peer, runs interleaved so that a busy machine slows both. Supported when the interval "
-    "of the geometric mean lies beyond the bound.",
+    "of the geometric mean lies beyond the bound, and p < 0.05.",
 }
 
 
@@ -41,13 +42,12 @@ def _family(board: Board) -> Html:
         ),
     )
     limit = None
-    if fewest and 0.5**fewest * m >= ALPHA:
+    least = 0.5 ** min(fewest, 14)  # beyond 14 pairs the test samples that many flips
+    if fewest and least * m >= ALPHA:
         limit = h(
             "p",
-            f"With {fewest} pairs a sign-flip test cannot give less than 2",
-            h("sup", f"−{fewest}"),
-            f" = {p_value(0.5**fewest)}, and {m} times that is not below {ALPHA}: in a family of this size claims with so few "
-            "pairs cannot all survive the correction, however large their effects.",
+            f"With {fewest} trials a sign-flip test cannot give less than {p_value(least)}, and {m} times that is not below {ALPHA}: ",
+            "in a family of this size claims with so few trials cannot all survive the correction, however large their effects.",
             class_="callout",
         )
     rows = []
@@ -71,7 +71,7 @@ def _family(board: Board) -> Html:
                 h("td", badge(view.state)),
             )
         )
-    names = ("Rank", "Claim", "Pairs", "p", "Adjusted p", f"Below {ALPHA}", "Verdict")
+    names = ("Rank", "Claim", "Trials", "p", "Adjusted p", f"Below {ALPHA}", "Verdict")
     heads = [h("th", name, scope="col", class_="num" if i in (0, 2, 3, 4) else None) for i, name in enumerate(names)]
     table = h("table", h("thead", h("tr", heads)), h("tbody", rows), class_="data family")
     scroll = h("div", table, class_="scroll", tabindex="0", role="region", aria_label="p values with Holm's correction")

@@ -10,9 +10,8 @@ from typing import Any
 
 from corollary.claims.evidence import EvidenceError, evidence_from_dict
 from corollary.claims.record import ClaimRecord, Paper
+from corollary.claims.stats import ALPHA, COULD_NOT_RUN, FAILED, INCONCLUSIVE, NOT_SUPPORTED, PASSED, SUPPORTED, holm
 from corollary.report.numbers import interval, plain
-
-ALPHA = 0.05
 
 
 @dataclass(frozen=True)
@@ -28,15 +27,15 @@ class State:
 
 
 STATES = (
-    State("supported", "supported at this scale", "good", "check", "✓", "the interval lies beyond the margin, and p < 0.05"),
-    State("passed", "exact check passed", "good", "equals", "=", "the identity or bound held in every trial, to the tolerance"),
-    State("inconclusive", "inconclusive", "open", "half", "~", "the interval holds the margin: these trials cannot decide"),
+    State("supported", SUPPORTED, "good", "check", "✓", "the interval lies beyond the margin, and p < 0.05"),
+    State("passed", PASSED, "good", "equals", "=", "the identity or bound held in every trial, to the tolerance"),
+    State("inconclusive", INCONCLUSIVE, "open", "half", "~", "the interval holds the margin: these trials cannot decide"),
     State(
-        "not-supported", "not supported at this scale", "bad", "cross", "✗",
+        "not-supported", NOT_SUPPORTED, "bad", "cross", "✗",
         "the interval lies on the wrong side; a scaled-down run never says that a paper is wrong",
     ),
-    State("failed", "exact check failed", "bad", "unequal", "≠", "at least one trial broke the identity or bound"),
-    State("could-not-run", "could not run", "bad", "alert", "!", "a trial crashed, or something it needs is missing"),
+    State("failed", FAILED, "bad", "unequal", "≠", "at least one trial broke the identity or bound"),
+    State("could-not-run", COULD_NOT_RUN, "bad", "alert", "!", "a trial crashed, or something it needs is missing"),
     State("not-measured", "not yet measured", "none", "ring", "○", "the claim is registered, and no run is on record"),
     State("no-verdict", "no verdict", "none", "ring", "○", "the run was too small to judge"),
 )  # fmt: skip
@@ -108,6 +107,14 @@ class ClaimView:
         return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
     @property
+    def effect(self) -> float | None:
+        """The effect; infinite for an exact check that broke without bound, because JSON keeps no infinity."""
+        effect = self.number("effect")
+        if effect is None and self.claim.kind == "exact" and any(math.isinf(t.value) for t in self.trials):
+            return math.inf
+        return effect
+
+    @property
     def stale(self) -> bool:
         return bool(self.get("stale"))
 
@@ -173,7 +180,7 @@ class ClaimView:
     @property
     def measured(self) -> tuple[str, str]:
         """The effect and its 95% interval in words."""
-        return interval(self.number("effect"), self.number("ci_low"), self.number("ci_high"), self.unit)
+        return interval(self.effect, self.number("ci_low"), self.number("ci_high"), self.unit)
 
     @property
     def quantity(self) -> str:
@@ -201,8 +208,11 @@ class ClaimView:
                 f"and the sign-flip test gives p < {ALPHA} ({c.better} is better)."
             )
         if c.kind == "ratio":
-            return f"Supported when the 95% interval of the geometric mean of ours / baseline lies {side}."
-        return f"Supported when the 95% interval of the fitted exponent lies {side} (predicted: {plain(c.exponent)})."
+            return f"Supported when the 95% interval of the geometric mean of ours / baseline lies {side} and the sign-flip test gives p < {ALPHA}."
+        return (
+            f"Supported when the 95% interval of the fitted exponent lies {side} (predicted: {plain(c.exponent)}) "
+            f"and the sign-flip test gives p < {ALPHA}."
+        )
 
 
 @dataclass(frozen=True)
@@ -239,21 +249,6 @@ class Board:
     def counts(self) -> dict[str, int]:
         """How many claims are in each state, in the states' order."""
         return {s.key: sum(c.state.key == s.key for c in self.claims) for s in STATES}
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment, in the order given.
-
-    Example:
-        >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
-        [0.03, 0.06, 0.06]
-    """
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-    adjusted, worst = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(order):
-        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[i]))
-        adjusted[i] = worst
-    return adjusted
 
 
 def build_board(papers: Mapping[str, Paper], rows: Sequence[Mapping[str, Any]]) -> Board:

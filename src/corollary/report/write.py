@@ -48,8 +48,7 @@ def write_report(out: Path, papers: Mapping[str, Paper], rows: Sequence[Mapping[
         ...     write_report(Path(folder) / "report", catalogue(), []).name
         'index.html'
     """
-    target = Path(out).expanduser().resolve()
-    _check(target)
+    target = check_folder(out)
     for slug in papers:
         if not re.fullmatch(r"[\w.-]+", slug) or slug.startswith("."):
             raise ReportError(f"'{slug}' cannot name a page: a slug has letters, digits, '-', '_' and '.'")
@@ -63,7 +62,9 @@ def write_report(out: Path, papers: Mapping[str, Paper], rows: Sequence[Mapping[
     return target / "index.html"
 
 
-def _check(target: Path) -> None:
+def check_folder(out: Path) -> Path:
+    """The whole path of a folder that a report may be written to; raises `ReportError` before any work is spent."""
+    target = Path(out).expanduser().resolve()
     try:
         if target.is_dir():
             if any(target.iterdir()) and not (target / MARKER).is_file():
@@ -72,6 +73,7 @@ def _check(target: Path) -> None:
             raise ReportError(f"{target} is a file; the report needs a folder")
     except OSError as error:
         raise ReportError(f"cannot look into {target}: {error.strerror or error}; give another folder") from error
+    return target
 
 
 def _swap(target: Path, pages: Mapping[str, Html]) -> None:
