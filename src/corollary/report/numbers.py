@@ -53,7 +53,7 @@ def plain(value: float) -> str:
     mantissa, exponent = f"{value:.6e}".split("e")
     size = int(exponent)
     if value == 0 or -5 < size < 6:
-        return _minus(f"{value:.9f}".rstrip("0").rstrip("."))
+        return _minus(f"{value:.11f}".rstrip("0").rstrip("."))
     short = mantissa.rstrip("0").rstrip(".")
     return power(size) if short == "1" else f"{_minus(short)}×{power(size)}"
 

@@ -98,9 +98,10 @@ class Axis:
         """An axis with room around the finite values (on a logarithmic axis, the positive ones)."""
         seen = [v for v in values if math.isfinite(v) and (v > 0 or not log)]
         if log:
-            low, high = (math.log10(min(seen)), math.log10(max(seen))) if seen else (0.0, 1.0)
+            exponents = [min(300.0, max(-300.0, math.log10(v))) for v in seen] or [0.0, 1.0]  # what is left stays finite
+            low, high = min(exponents), max(exponents)
             room = max((high - low) * pad, 0.05)
-            return cls(10 ** max(-307.0, low - room), 10 ** min(307.0, high + room), True, label)
+            return cls(10 ** (low - min(room, 5.0)), 10 ** (high + min(room, 5.0)), True, label)
         low, high = (min(seen), max(seen)) if seen else (0.0, 1.0)
         room = (high / 2 - low / 2) * 2 * pad or abs(high) * 0.1 or 0.5
         return cls(max(-1e308, low - room), min(1e308, high + room), False, label)
