@@ -1,6 +1,7 @@
 """Optimizers and schedules with the interface of ``torch.optim``."""
 
+from corollary.optim.adahessian import AdaHessian
 from corollary.optim.joint import JointOptimizer, split_parameters
 from corollary.optim.rsgd import RiemannianSGD
 
-__all__ = ["RiemannianSGD", "JointOptimizer", "split_parameters"]
+__all__ = ["AdaHessian", "RiemannianSGD", "JointOptimizer", "split_parameters"]
