@@ -142,7 +142,7 @@ class HessianOperator:
             blocks = [v.view_as(p) for v, p in zip(torch.split(vectors, self._sizes), self.params, strict=True)]
             return self._flatten(hessian_vector_product(self._gradients, self.params, blocks, retain_graph=True))
         curved = [i for i, g in enumerate(self._gradients) if g.requires_grad]
-        if not curved:
+        if not curved or not vectors.shape[1]:
             return torch.zeros_like(vectors)
         products = []
         for columns in torch.split(vectors, self.chunk, dim=1):
@@ -154,11 +154,16 @@ class HessianOperator:
                 self.params,
                 [blocks[i] for i in curved],
                 retain_graph=True,
-                materialize_grads=True,
+                allow_unused=True,
                 is_grads_batched=True,
             )
-            products.append(torch.cat([b.reshape(columns.shape[1], -1) for b in batch], dim=1))
-        return torch.cat(products).T.contiguous() if products else vectors.clone()
+            k = columns.shape[1]
+            rows = [
+                torch.zeros(k, size, dtype=self.dtype, device=self.device) if b is None else b.reshape(k, size)
+                for b, size in zip(batch, self._sizes, strict=True)
+            ]
+            products.append(torch.cat(rows, dim=1))
+        return torch.cat(products).T.contiguous()
 
     def dense(self) -> Tensor:
         """The whole matrix (n, n), by n products: for checks on small problems."""

@@ -179,7 +179,7 @@ class AdaHessian(Optimizer):
             else:
                 param.grad = param.grad.detach() + gradient.detach()
 
-    @torch.compiler.disable  # the second backward pass cannot be traced; a compiled caller runs the step as it stands
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a second backward pass cannot be traced
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; gives what ``closure`` returned, or None.

@@ -9,6 +9,7 @@ from corollary.testing.function import check_function
 from corollary.testing.layer import check_layer
 from corollary.testing.loss import check_loss
 from corollary.testing.manifold import check_manifold
+from corollary.testing.optimizer import Problem, check_optimizer
 
 __all__ = [
     "Case",
@@ -21,4 +22,6 @@ __all__ = [
     "check_layer",
     "check_loss",
     "check_manifold",
+    "check_optimizer",
+    "Problem",
 ]
