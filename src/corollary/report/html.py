@@ -79,14 +79,20 @@ def h(tag: str, *children: Child, **attributes: Attribute) -> Html:
 
 
 def inline(text: str) -> Html:
-    """A line of prose; what stands between backticks becomes code.
+    """A line of prose; what stands between backticks becomes code, and a small power is not broken at its hyphen.
 
     Example:
-        >>> print(inline("use ``lr < 1`` & go"))
-        use <code>lr &lt; 1</code> &amp; go
+        >>> print(inline("use ``lr < 1`` & :math:`x`, to 1e-6"))
+        use <code>lr &lt; 1</code> &amp; <code>x</code>, to <span class="whole">1e-6</span>
     """
-    pieces = re.split(r"(``.+?``|`[^`]+`)", text)
-    return join(h("code", p.strip("`")) if i % 2 else p for i, p in enumerate(pieces))
+    parts: list[Html] = []
+    for i, piece in enumerate(re.split(r"(?::\w+:)?(``.+?``|`[^`]+`)", text)):
+        if i % 2:
+            parts.append(h("code", piece.strip("`")))
+        else:
+            words = re.split(r"((?<![\w.])[\d.]+e-\d+|\b\w\^-[\d/]+)", piece)
+            parts += [h("span", word, class_="whole") if k % 2 else join(word) for k, word in enumerate(words)]
+    return join(parts)
 
 
 def prose(text: str) -> Html:

@@ -46,7 +46,7 @@ def _claim_row(view: ClaimView, href: str) -> Html:
     cells = (
         join(h("a", inline(claim.statement), href=f"{href}#{claim.id}", class_="statement"), kind),
         measured_cell(view),
-        join(badge(view.state), flags(view)),
+        h("span", badge(view.state), flags(view), class_="badges"),
         control_cell(view),
     )
     return h(
