@@ -47,3 +47,12 @@ def test_a_folder_of_other_files_is_refused_before_any_work(tmp_path: Path, comm
     assert done.returncode == 2
     assert "holds files that are no report" in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.txt"]
+
+
+def test_claims_in_every_kind_of_trouble_have_their_page(tmp_path: Path) -> None:
+    _run("verify", "troubled", "--controls", cwd=tmp_path)
+    done = _run("report", "--out", "pages", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "pages" / "papers" / "troubled.html").read_text(encoding="utf-8")
+    for words in ("could not run", "defect: the control passed", "∞", "Reason: ", "Traceback"):
+        assert words.lower() in page.lower()

@@ -104,6 +104,7 @@ def test_a_trial_without_evidence_is_left_out() -> None:
         {"seed": 2},
         {"seed": 3, "evidence": {"kind": "paired", "ours": math.nan, "baseline": 1.0}},
         {"evidence": {"kind": "?"}},
+        {"seed": 4, "evidence": {"kind": "exact", "error": 1.0}},
     ]
     view = _view("paired", {"values": [good, *bad]}, better="lower")
     assert [t.value for t in view.trials] == [-1.0]

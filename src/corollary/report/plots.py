@@ -48,7 +48,7 @@ def _effect_axis(view: ClaimView) -> Axis:
         ends.append(0.0)
     if log:
         core = [v for v in [*own, *ends] if v > 0 and math.isfinite(v)]
-        near_by = max(core, default=1.0) * 1e-12, max(core, default=1.0) * 1e10
+        near_by = max(core, default=1.0) * 1e-12, max(core, default=1.0) * 1e18
         if not core:  # all errors are zero, and so is the tolerance: only the control needs room
             near_by = 0.0, math.inf
         seen = [v for v in [*core, *control] if near_by[0] <= v <= near_by[1] and 0 < v < math.inf] or [1.0]

@@ -62,14 +62,16 @@ class TrialView:
     seconds: float | None
 
 
-def _trials(stored: Iterable[Mapping[str, Any]] | None) -> tuple[TrialView, ...]:
+def _trials(kind: str, stored: Iterable[Mapping[str, Any]] | None) -> tuple[TrialView, ...]:
     views = []
     for index, trial in enumerate(stored or (), start=1):
         evidence = trial.get("evidence") or {}
+        if evidence.get("kind") != kind:
+            continue  # it brought back nothing, or another kind; there is nothing to draw, and the verdict's reason tells of it
         try:
             value = evidence_from_dict(evidence).value
         except (EvidenceError, KeyError, TypeError):
-            continue  # a trial that brought nothing back has nothing to draw; the verdict and its reason tell of it
+            continue
         seconds = trial.get("seconds")
         views.append(TrialView(index, trial.get("seed"), value, evidence, trial.get("logged") or {}, seconds))
     return tuple(views)
@@ -148,11 +150,11 @@ class ClaimView:
 
     @cached_property
     def trials(self) -> tuple[TrialView, ...]:
-        return _trials(self.get("values"))
+        return _trials(self.claim.kind, self.get("values"))
 
     @cached_property
     def control_trials(self) -> tuple[TrialView, ...]:
-        return _trials(self.get("control_values"))
+        return _trials(self.claim.kind, self.get("control_values"))
 
     @property
     def span(self) -> tuple[float, float]:
