@@ -41,6 +41,7 @@ def theta_factors(lmax: int, theta: Array) -> Array:
         for degree in range(m + 1, lmax + 1):
             before = out[m, degree - 2] if degree >= 2 else 0.0
             out[m, degree] = down[degree, m] * (cos * out[m, degree - 1] - lower[degree, m] * before)
+    out[np.abs(out) < 1e-100] = 0  # nothing to any sum, but products of such numbers are subnormal, which is slow
     return out
 
 
