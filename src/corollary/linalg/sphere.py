@@ -76,32 +76,41 @@ def spherical_harmonics(lmax: int, vectors: Tensor) -> Tensor:
         raise ValueError(f"vectors must be floating of shape (..., 3), not {vectors.dtype} of shape {tuple(vectors.shape)}")
     if lmax < 0:
         raise ValueError(f"lmax must be at least 0, not {lmax}")
+    tables = harmonic_tables(lmax)
+    return harmonics(vectors, *(t.to(vectors.device, vectors.dtype if t.is_floating_point() else t.dtype) for t in tables))
+
+
+def harmonic_tables(lmax: int) -> tuple[Tensor, ...]:
+    """Constants of `harmonics`, float64: the recurrence's factors (l, m), and which row and which order each component takes."""
+    top, down, lower = _recurrence(lmax)
+    degree = np.repeat(np.arange(lmax + 1), 2 * np.arange(lmax + 1) + 1)
+    order = np.arange(len(degree)) - degree**2 - degree
+    tables = down, -down * lower, np.diag(top), degree * (lmax + 1) + np.abs(order), order + lmax
+    return tuple(torch.from_numpy(table) for table in tables)
+
+
+def harmonics(vectors: Tensor, rise: Tensor, fall: Tensor, start: Tensor, row: Tensor, order: Tensor) -> Tensor:
+    """`spherical_harmonics` with the constants given, for modules that keep them as buffers.
+
+    Θ_lm = sin^m θ · Q_lm(cos θ), where Q follows the recurrence of `theta_factors` for all m at once, and sin^m θ (cos mφ, sin mφ)
+    are the real and imaginary parts of (z + ix)^m. Everything is a polynomial of x, y, z: nothing is singular at the poles.
+    """
+    lmax, lead = len(start) - 1, vectors.shape[:-1]
     length = vectors.norm(dim=-1, keepdim=True)
     unit = torch.where(length == 0, 0, vectors / torch.where(length == 0, 1, length))
-    x, y, z = unit.unbind(-1)
-    # Θ_lm = sin^m θ · Q_lm(cos θ): Q follows the recurrence for all m at once, and sin^m θ (cos mφ, sin mφ) are the real and
-    # imaginary parts of (z + ix)^m. Everything is a polynomial of x, y, z, so nothing is singular at the poles.
-    top, down, lower = (torch.as_tensor(t, dtype=vectors.dtype, device=vectors.device) for t in _recurrence(lmax))
-    square = unit.square().sum(-1, keepdim=True)
+    # Directions lie along the last axis from here on: picking components is then picking whole rows, both ways.
+    x, y, z = unit.reshape(math.prod(lead), 3).mT.contiguous()
     cos, sin = [torch.ones_like(x)], [torch.zeros_like(x)]
     for _ in range(lmax):
         cos, sin = [*cos, z * cos[-1] - x * sin[-1]], [*sin, z * sin[-1] + x * cos[-1]]
-    cosines, sines = 2**0.5 * torch.stack(cos, -1), 2**0.5 * torch.stack(sin, -1)
-    y = y[..., None]
-    rows = [top[:1].expand(*x.shape, 1)]
-    parts = [rows[0]]
+    azimuth = torch.stack([2**0.5 * s for s in sin[:0:-1]] + cos[:1] + [2**0.5 * c for c in cos[1:]])
+    rows = [start[0][:, None].expand(lmax + 1, len(x))]
     for degree in range(1, lmax + 1):
-        row = y * rows[-1]
-        if degree >= 2:
-            row = row - lower[degree, :degree] * square * torch.nn.functional.pad(rows[-2], (0, 1))
-        row = torch.cat([down[degree, :degree] * row, top[degree].expand(*x.shape, 1)], -1)
-        rows.append(row)
-        parts += [
-            (sines[..., 1 : degree + 1] * row[..., 1:]).flip(-1),
-            row[..., :1],
-            cosines[..., 1 : degree + 1] * row[..., 1:],
-        ]
-    return torch.cat(parts, -1)
+        last = torch.addcmul(start[degree][:, None], rise[degree][:, None] * y, rows[-1])
+        rows.append(torch.addcmul(last, fall[degree][:, None], rows[-2]) if degree > 1 else last)
+    values = torch.cat(rows).index_select(0, row) * azimuth.index_select(0, order)
+    # A zero vector's even degrees are not zero by themselves. NaN stays NaN.
+    return torch.where((length == 0) & (row > 0), 0, values.mT.reshape(*lead, len(row)))
 
 
 def wigner_3j(l1: int, l2: int, l3: int, m1: int, m2: int, m3: int) -> float:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corollary.linalg.sphere import spherical_harmonics
+from corollary.linalg.sphere import harmonic_tables, harmonics
 from corollary.nn.torus import SphereProduct
+
+HARMONICS = ("rise", "fall", "start", "row", "order")
 
 
 class GauntTensorProduct(SphereProduct):
@@ -52,6 +54,7 @@ class GauntTensorProduct(SphereProduct):
         >>> x, y = torch.randn(2, 10, 9)             # ten pairs of functions of degree up to 2
         >>> product(x, y).shape
         torch.Size([10, 25])
+        >>> from corollary.linalg.sphere import spherical_harmonics
         >>> at = torch.randn(5, 3)                   # the product's values are the products of the values
         >>> f, g, fg = (coefficients @ spherical_harmonics(degree, at).mT
         ...             for coefficients, degree in ((x, 2), (y, 2), (product(x, y), 4)))
@@ -139,8 +142,9 @@ class GauntConvolution(SphereProduct):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        self.lmax_filter = lmax_filter
         super().__init__((lmax_in, lmax_filter), lmax_out, channels, method, bandlimit, device, dtype)
-        self.lmax_in, self.lmax_filter = lmax_in, lmax_filter
+        self.lmax_in = lmax_in
         self.weight_in = self._weight(lmax_in, device=device, dtype=dtype) if weighted else None
         self.weight_out = self._weight(self.lmax_out, device=device, dtype=dtype) if weighted else None
 
@@ -151,19 +155,24 @@ class GauntConvolution(SphereProduct):
             raise TypeError(f"vectors is {vectors.dtype}, but features is {features.dtype}")
         if vectors.shape[-1:] != (3,):
             raise ValueError(f"vectors must have shape (..., 3), not {tuple(vectors.shape)}")
-        kernel = spherical_harmonics(self.lmax_filter, vectors).unsqueeze(-2)
         if radial is not None:
             if radial.dtype != features.dtype:
                 raise TypeError(f"radial is {radial.dtype}, but features is {features.dtype}")
             if radial.ndim < 2 or radial.shape[-1] != self.lmax_filter + 1 or radial.shape[-2] not in (1, self.channels):
                 wanted = f"(..., {self.channels} or 1, {self.lmax_filter + 1})"
                 raise ValueError(f"radial must have shape {wanted}, not {tuple(radial.shape)}")
-            kernel = kernel * self._per_degree(radial, self.lmax_filter)
         if self.weight_in is not None:
             features = features * self._per_degree(self.weight_in, self.lmax_in)
+        kernel = harmonics(vectors, *(self._table(f"harmonics_{name}") for name in HARMONICS)).unsqueeze(-2)
+        if radial is not None:
+            kernel = kernel * self._per_degree(radial, self.lmax_filter)
         ndim = max(features.ndim, kernel.ndim) - 1
         out = self._from_grid(self._to_grid(features, self.lmax_in, ndim) * self._to_grid(kernel, self.lmax_filter, ndim))
         return out if self.weight_out is None else out * self._per_degree(self.weight_out, self.lmax_out)
+
+    def _tables(self) -> dict[str, Tensor]:
+        tables = zip(HARMONICS, harmonic_tables(self.lmax_filter), strict=True)
+        return super()._tables() | {f"harmonics_{name}": table for name, table in tables}
 
 
 class GauntManyBody(SphereProduct):

@@ -13,6 +13,7 @@ pointwise product on a torus grid fine enough for the sum of the degrees. The wa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -171,6 +172,7 @@ class SphereProduct(nn.Module):
             raise ValueError(f"bandlimit must be at least {least}, the largest degree going in or out, not {bandlimit}")
         # Orders up to `band` occur in the product and those up to `lmax_out` are read: the rest may fold onto one another.
         self.azimuths = self.band + lmax_out + 1
+        self.polar = 2 * self.band + 1 if self.method == "fft" else self.band + 1
         self._inputs = sorted(set(lmaxs))
         factory = {"device": device, "dtype": dtype or torch.get_default_dtype()}
         for name, table in self._tables().items():
@@ -224,33 +226,38 @@ class SphereProduct(nn.Module):
         if self.method == "dense":
             return x @ self._table(f"in{lmax}_matrix")
         lead = (1,) * (ndim - x.ndim + 1) + x.shape[:-1]
-        rows = self._table(f"in{lmax}_rows")
-        x = x.reshape(-1, x.shape[-1]).mT.index_select(0, self._table(f"in{lmax}_gather"))
-        x = rows @ x.view(rows.shape[0], lmax + 1, -1)
+        rows, count = self._table(f"in{lmax}_rows"), math.prod(lead)
+        x = x.reshape(count, x.shape[-1]).mT.index_select(0, self._table(f"in{lmax}_gather"))
+        x = rows @ x.view(rows.shape[0], lmax + 1, count)
         if self.method == "fft":
             real, imag = x.view(2, lmax + 1, *x.shape[1:]).unbind()
-            grid: Tensor = torch.fft.irfft2(torch.complex(real, imag), s=self._torus, dim=(1, 0), norm="forward")
+            size = (self.polar, self.azimuths)
+            grid: Tensor
+            if count:
+                grid = torch.fft.irfft2(torch.complex(real, imag), s=size, dim=(1, 0), norm="forward")
+            else:  # MKL refuses an empty batch
+                grid = real.sum((0, 1)).expand(self.azimuths, self.polar, 0)
         else:
-            grid = self._table(f"in{lmax}_azimuth") @ x.view(2 * lmax + 1, -1)
-        return grid.reshape(-1, *lead)
-
-    @property
-    def _torus(self) -> tuple[int, int]:
-        return 2 * self.band + 1, self.azimuths
+            grid = self._table(f"in{lmax}_azimuth") @ x.view(2 * lmax + 1, self.polar * count)
+        return grid.reshape(self.azimuths * self.polar, *lead)
 
     def _from_grid(self, grid: Tensor) -> Tensor:
         """Coefficients (*lead, K) of values on the grid."""
         if self.method == "dense":
             return grid @ self._table("out_matrix")
         lead, lmax = grid.shape[1:], self.lmax_out
-        if self.method == "fft":
-            spectrum = torch.fft.rfft2(grid.reshape(self.azimuths, 2 * self.band + 1, -1), dim=(1, 0), norm="forward")
+        count = math.prod(lead)
+        if self.method == "fft" and count:
+            spectrum = torch.fft.rfft2(grid.reshape(self.azimuths, self.polar, count), dim=(1, 0), norm="forward")
             spectrum = spectrum[: lmax + 1]
             x = torch.cat([spectrum.real, spectrum.imag])
+        elif self.method == "fft":
+            x = grid.sum(0).reshape(0).expand(2 * (lmax + 1), self.polar, 0)
         else:
-            x = (self._table("out_azimuth") @ grid.reshape(self.azimuths, -1)).view(2 * lmax + 1, self.band + 1, -1)
+            x = self._table("out_azimuth") @ grid.reshape(self.azimuths, self.polar * count)
+            x = x.view(2 * lmax + 1, self.polar, count)
         x = (self._table("out_rows") @ x).flatten(0, 1).index_select(0, self._table("out_gather"))
-        return x.mT.reshape(*lead, -1).contiguous()
+        return x.mT.contiguous().view(*lead, (lmax + 1) ** 2)
 
     def extra_repr(self) -> str:
         degrees = " x ".join(map(str, self._inputs))
