@@ -266,7 +266,7 @@ def faster_than_e3nn(trial: Trial, ours: Callable[[int], Callable[[Tensor, Tenso
         cases[f"ours_{lmax}"] = _forward_backward(call, x, y)
         cases[f"full_{lmax}"] = _forward_backward(e3nn_full(lmax).to(trial.device), x, y)
         cases[f"gaunt_{lmax}"] = _forward_backward(e3nn_gaunt(lmax).to(trial.device), x, y)
-    seconds = interleave(cases, rounds=5, warmup=3)  # TorchScript specializes in the first calls
+    seconds = interleave(cases, rounds=3, warmup=2, min_seconds=0.005)  # TorchScript specializes in the first calls
     ratios = [(seconds[f"ours_{d}"], min(seconds[f"full_{d}"], seconds[f"gaunt_{d}"])) for d in degrees]
     trial.log(**{f"ratio_{d}": a / b for d, (a, b) in zip(degrees, ratios, strict=True)})
     trial.figure(
