@@ -7,9 +7,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from benchmarks.harness import Bench
 from torch import Tensor, nn
 
-from benchmarks.harness import Bench
 from corollary.losses import CompSumLoss, SmoothAdversarialCompSumLoss, TradesLoss, kl_shift, margin_shift, pgd
 from corollary.models import MLP
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from corollary.losses import CompSumLoss, comp_sum_bound, comp_sum_loss, comp_sum_transform
+from corollary.papers.losses.comp_sum import _conditional_best, _reachable, _scores
 
 TAUS = (0.0, 0.3, 0.9, 1.0, 1.2, 1.7, 2.0, 3.0)
 
@@ -181,18 +182,14 @@ def test_transform_is_the_least_regret_of_two_classes(tau: float) -> None:
 @given(st.sampled_from([0.0, 0.5, 1.0, 1.3, 1.8, 2.0, 2.5]), st.integers(2, 5), st.integers(0, 10_000))
 @settings(max_examples=150, deadline=None)
 def test_conditional_regret_is_bounded(tau: float, classes: int, seed: int) -> None:
-    """One input, all scores allowed: the theorem's inequality, with the best risk from its closed form."""
+    """One input, all scores allowed: the theorem's inequality."""
     generator = torch.Generator().manual_seed(seed)
     p = torch.rand(classes, generator=generator, dtype=torch.float64) ** 2
     p = p / p.sum()
     scale = 10 ** torch.empty(400, 1, dtype=torch.float64).uniform_(-3, 1, generator=generator)
     scores = scale * torch.randn(400, classes, generator=generator, dtype=torch.float64)
     risk = comp_sum_loss(scores, p.expand(400, -1), tau=tau, reduction="none")
-    if tau < 2:
-        power = (p ** (1 / (2 - tau))).sum() ** (2 - tau)
-        best = -(p * p.log()).sum() if tau == 1 else (power - 1) / (1 - tau)
-    else:  # concave in the shares: all on the likeliest class
-        best = (1 - p.max()) / (tau - 1)
+    best = _conditional_best(p, tau)
     excess = (risk - best).clamp(min=0)
     zero_one = p.max() - p[scores.argmax(1)]
     assert bool((zero_one <= comp_sum_bound(excess, tau, classes) + 1e-7).all())
@@ -229,3 +226,25 @@ def test_weight_moves_with_the_module() -> None:
     assert module.to(torch.float64).weight is not None
     assert "5 classes" in repr(module)
     assert list(module.state_dict()) == ["weight"]
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0, 1.5, 2.0])
+def test_best_conditional_risk_is_what_a_fit_of_the_scores_finds(tau: float) -> None:
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
+    scores = p.log().clone().requires_grad_()
+    optimizer = torch.optim.Adam([scores], lr=0.05)
+    for _ in range(2000):
+        optimizer.zero_grad()
+        comp_sum_loss(scores, p, tau=tau).backward()
+        optimizer.step()
+    found = comp_sum_loss(scores.detach(), p, tau=tau).item()
+    assert found == pytest.approx(_conditional_best(p, tau).item(), abs=1e-6 if tau < 2 else 1e-3)
+
+
+def test_reachable_predictions_are_those_that_lines_make() -> None:
+    """Many random lines make every listed prediction, and never another."""
+    x = torch.tensor([[-1.5, -0.2, 0.4, 2.0]], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    lines = torch.randn(1, 200_000, 3, 2, generator=generator, dtype=torch.float64)
+    made = {tuple(row) for row in _scores(lines, x).argmax(-1)[0].unique(dim=0).tolist()}
+    assert made == {tuple(row) for row in _reachable(4, 3).tolist()}
