@@ -137,7 +137,7 @@ class CompSumLoss(nn.Module):
         (1.3675, torch.Size([4, 10]))
 
     Source: A. Mao, M. Mohri, Y. Zhong, Cross-Entropy Loss Functions: Theoretical Analysis and Applications, ICML 2023,
-    arXiv 2304.07288, Section 2.
+    arXiv 2304.07288.
     """
 
     weight: Tensor | None
@@ -184,7 +184,7 @@ def comp_sum_transform(beta: Tensor, tau: float, num_classes: int) -> Tensor:
     Raises:
         ValueError: where ``beta``, ``tau`` or ``num_classes`` is out of range.
 
-    Source: arXiv 2304.07288, Theorem 3.1.
+    Source: arXiv 2304.07288, the H-consistency bound for comp-sum losses.
 
     Example:
         >>> import torch
@@ -230,7 +230,7 @@ def comp_sum_bound(excess: Tensor, tau: float, num_classes: int) -> Tensor:
     Raises:
         ValueError: where ``excess``, ``tau`` or ``num_classes`` is out of range.
 
-    Source: arXiv 2304.07288, Theorem 3.1.
+    Source: arXiv 2304.07288, the H-consistency bound for comp-sum losses.
 
     Example:
         >>> import torch
