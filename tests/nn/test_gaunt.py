@@ -279,7 +279,7 @@ def test_auto_takes_the_dense_matrix_at_small_degrees_alone() -> None:
     ("make", "message"),
     [
         (lambda: GauntTensorProduct(-1, 2), "lmax must be an integer of at least 0, not -1"),
-        (lambda: GauntTensorProduct(1.5, 2), "lmax must be an integer"),  # type: ignore[arg-type]
+        (lambda: GauntTensorProduct(1.5, 0), "lmax must be an integer of at least 0, not 1.5"),  # type: ignore[arg-type]
         (lambda: GauntTensorProduct(2, 2, 5), "lmax_out must lie between 0 and 4.*it is 5"),
         (lambda: GauntTensorProduct(2, 2, channels=0), "channels must be an integer of at least 1, not 0"),
         (lambda: GauntTensorProduct(2, 2, method="fast"), "method is 'fast'; allowed: auto, dense, separable, fft"),
@@ -304,6 +304,10 @@ def test_bad_inputs_are_named() -> None:
         product(torch.randn(2, 9), torch.randn(3, 4))
     with pytest.raises(TypeError, match=r"input1 is torch.float32, but the module is torch.float64"):
         product(torch.randn(3, 9, dtype=torch.float32), torch.randn(3, 4))
+    with pytest.raises(ValueError, match=r"do not broadcast: input1 \(2,\), input2 \(3,\)"):
+        GauntTensorProduct(1, 1)(torch.randn(2, 4), torch.randn(3, 4))
+    with pytest.raises(TypeError, match=r"input1 is torch.bfloat16; method 'fft' takes float32 and float64"):
+        GauntTensorProduct(1, 1, method="fft").bfloat16()(*torch.randn(2, 4).bfloat16())
     convolution = GauntConvolution(1, 1, channels=2)
     with pytest.raises(ValueError, match=r"vectors must have shape \(..., 3\), not \(4,\)"):
         convolution(torch.randn(2, 4), torch.randn(4))
@@ -311,5 +315,7 @@ def test_bad_inputs_are_named() -> None:
         convolution(torch.randn(2, 4), torch.randn(3), torch.randn(3, 2))
     with pytest.raises(TypeError, match=r"radial is torch.int64, but features is torch.float64"):
         convolution(torch.randn(2, 4), torch.randn(3), torch.ones(2, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"do not broadcast: features \(5,\), vectors \(4,\), radial \(\)"):
+        convolution(torch.randn(5, 2, 4), torch.randn(4, 3))
     with pytest.raises(ValueError, match="inputs must be 3 tensors, or one for all of them, not 2"):
         GauntManyBody(1, 3)(torch.randn(4), torch.randn(4))

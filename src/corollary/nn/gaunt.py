@@ -47,7 +47,8 @@ class GauntTensorProduct(SphereProduct):
 
     The product is symmetric, so paths with odd :math:`l_1 + l_2 + l` (cross products, pseudotensors) do not occur, and all
     paths into one degree are summed: the output is :math:`O(L^2)` numbers, not :math:`O(L^4)`. Take e3nn's
-    ``FullTensorProduct`` where each path by itself or the antisymmetric ones are needed.
+    ``FullTensorProduct`` where each path by itself or the antisymmetric ones are needed; Xie et al. (arXiv:2506.13523) weigh
+    this loss of expressivity against the speed.
 
     Example:
         >>> product = GauntTensorProduct(2, 2)
@@ -61,7 +62,7 @@ class GauntTensorProduct(SphereProduct):
         >>> torch.allclose(f * g, fg, atol=1e-4)
         True
 
-    Source: sections 3.1 and 3.2, equations 4 and 5.
+    Source: section 3.1, equation 4, and section 3.2.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class GauntTensorProduct(SphereProduct):
         """The product's coefficients ``(..., (lmax_out + 1)**2)``."""
         self._check("input1", input1, self.lmax1)
         self._check("input2", input2, self.lmax2)
+        self._check_lead(input1=input1.shape[:-1], input2=input2.shape[:-1])
         if self.weight1 is not None and self.weight2 is not None:
             input1 = input1 * self._per_degree(self.weight1, self.lmax1)
             input2 = input2 * self._per_degree(self.weight2, self.lmax2)
@@ -116,9 +118,9 @@ class GauntConvolution(SphereProduct):
         give ``(..., channels, (lmax_out + 1)**2)``.
 
     The filter depends on the direction alone; a zero vector keeps only its degree 0. Derivatives in ``vectors`` are exact in
-    every direction. Deviation: the paper turns each edge onto an axis, after eSCN, so that only m = 0 is left of the filter.
-    Rotating the features there and back costs :math:`O(L^3)` per channel as well, and the angles have no derivative at the
-    poles; so the filter is taken to the grid as it is, once for all channels that share a radial weight.
+    every direction. Deviation: eSCN's further saving, turning each edge onto an axis so that only m = 0 is left of the filter, is
+    not taken. Rotating the features there and back costs :math:`O(L^3)` per channel as well, and the angles have no derivative
+    at the poles; so the filter is taken to the grid as it is, once for all channels that share a radial weight.
 
     Example:
         >>> convolution = GauntConvolution(2, 3, 2, channels=8)
@@ -163,6 +165,11 @@ class GauntConvolution(SphereProduct):
                 raise ValueError(f"radial must have shape {wanted}, not {tuple(radial.shape)}")
         if self.weight_in is not None:
             features = features * self._per_degree(self.weight_in, self.lmax_in)
+        self._check_lead(
+            features=features.shape[:-2],
+            vectors=vectors.shape[:-1],
+            radial=torch.Size() if radial is None else radial.shape[:-2],
+        )
         kernel = harmonics(vectors, *(self._table(f"harmonics_{name}") for name in HARMONICS)).unsqueeze(-2)
         if radial is not None:
             kernel = kernel * self._per_degree(radial, self.lmax_filter)
@@ -230,6 +237,7 @@ class GauntManyBody(SphereProduct):
             raise ValueError(f"inputs must be {self.order} tensors, or one for all of them, not {len(inputs)}")
         for i, value in enumerate(inputs):
             self._check(f"inputs[{i}]", value, self.lmax)
+        self._check_lead(**{f"inputs[{i}]": value.shape[:-1] for i, value in enumerate(inputs)})
         ndim = max(value.ndim for value in inputs) - 1
         if self.weight is not None:
             factors = inputs * self.order if len(inputs) == 1 else inputs

@@ -9,6 +9,9 @@ pointwise product on a torus grid fine enough for the sum of the degrees. The wa
 ``separable``  conversion for each m fused with the θ-transform on the half torus 0 < θ < π, whose   O(L³)
                mirror image repeats it, then a small real Fourier matrix in φ
 ``dense``      all of that fused into one matrix                                                      O(L⁴)
+
+At small L the constants decide: one dense matrix beats three small steps up to about L = 6, and a real Fourier matrix beats the
+FFT at every L tried on CPU. That a plain grid simplifies the method was also found by Xie et al., arXiv:2506.13523.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -157,7 +161,10 @@ class SphereProduct(nn.Module):
     ) -> None:
         super().__init__()
         total = sum(lmaxs)
-        for name, value, least in (("lmax", min(lmaxs), 0), ("channels", 1 if channels is None else channels, 1)):
+        for name, value, least in (
+            *(("lmax", lmax, 0) for lmax in lmaxs),
+            ("channels", 1 if channels is None else channels, 1),
+        ):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
         lmax_out = total if lmax_out is None else lmax_out
@@ -173,6 +180,7 @@ class SphereProduct(nn.Module):
         # Orders up to `band` occur in the product and those up to `lmax_out` are read: the rest may fold onto one another.
         self.azimuths = self.band + lmax_out + 1
         self.polar = 2 * self.band + 1 if self.method == "fft" else self.band + 1
+        self.lmaxs = lmaxs
         self._inputs = sorted(set(lmaxs))
         factory = {"device": device, "dtype": dtype or torch.get_default_dtype()}
         for name, table in self._tables().items():
@@ -212,14 +220,24 @@ class SphereProduct(nn.Module):
         return weight.index_select(-1, self._table(f"degree{lmax}"))
 
     def _check(self, name: str, value: Tensor, lmax: int) -> None:
-        dtype = next(b for b in self.buffers() if b.is_floating_point()).dtype
+        dtype = self._table("out_matrix" if self.method == "dense" else "out_rows").dtype
         if value.dtype != dtype:
             raise TypeError(f"{name} is {value.dtype}, but the module is {dtype}; call .to({value.dtype}) on one of them")
+        if self.method == "fft" and dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} is {dtype}; method 'fft' takes float32 and float64, the others take any floating dtype")
         wanted = (lmax + 1) ** 2
         if value.ndim == 0 or value.shape[-1] != wanted:
             raise ValueError(f"{name} must have shape (..., {wanted}) for lmax = {lmax}, not {tuple(value.shape)}")
         if self.channels is not None and (value.ndim < 2 or value.shape[-2] not in (1, self.channels)):
             raise ValueError(f"{name} must have shape (..., {self.channels}, {wanted}), not {tuple(value.shape)}")
+
+    @staticmethod
+    def _check_lead(**leads: torch.Size) -> None:
+        """Leading axes must broadcast."""
+        for sizes in zip_longest(*(lead[::-1] for lead in leads.values()), fillvalue=1):
+            if len({size for size in sizes if size != 1}) > 1:
+                shapes = ", ".join(f"{name} {tuple(lead)}" for name, lead in leads.items())
+                raise ValueError(f"leading axes do not broadcast: {shapes}")
 
     def _to_grid(self, x: Tensor, lmax: int, ndim: int) -> Tensor:
         """Grid values of coefficients (*lead, K): (*lead, point) if dense, else (point, *lead) with lead of ndim axes."""
@@ -260,6 +278,6 @@ class SphereProduct(nn.Module):
         return x.mT.contiguous().view(*lead, (lmax + 1) ** 2)
 
     def extra_repr(self) -> str:
-        degrees = " x ".join(map(str, self._inputs))
+        lmaxs = " x ".join(map(str, self.lmaxs))
         channels = "" if self.channels is None else f", channels={self.channels}"
-        return f"lmax={degrees} -> {self.lmax_out}{channels}, method={self.method}"
+        return f"lmax={lmaxs} -> {self.lmax_out}{channels}, method={self.method}"
