@@ -22,6 +22,9 @@ log = logging.getLogger("mkdocs.mathml")
 
 _DIRECTIVE = re.compile(r"^(?P<indent>\s*)\.\. math::\s*(?P<rest>.*)$")
 _DOLLARS = re.compile(r"^(?P<indent>\s*)\$\$\s*$")
+# Bars without \left and \right: as operators they would stretch to whatever stands beside them, and keep a distance.
+_BARS = re.compile(r'<mo(?: fence="false")?(?: stretchy="false")?>(&#x0*(?:2016|2225|7C);|\|)</mo>')
+_LITERAL = re.compile(r"(?<=[^:\s])::$")
 _BORDER = re.compile(r"^\s*=+(\s+=+)+\s*$")
 
 
@@ -41,6 +44,7 @@ def to_mathml(latex: str, *, block: bool = False) -> str:
     except Exception as error:  # noqa: BLE001 - the converter raises many types; each is the same warning here
         log.warning("formula cannot be converted (%s: %s): %s", type(error).__name__, error, source)
         return f"<code>{escape(source)}</code>"
+    mathml = _BARS.sub(r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>', mathml)
     return f'<div class="math">{mathml}</div>' if block else mathml
 
 
@@ -64,7 +68,8 @@ class _Blocks(Preprocessor):
                 i, table = self._table(lines, i)
                 out += ["", *table, ""]
             else:
-                out.append(lines[i])
+                # Two colons announce a literal block, which Markdown knows by its indentation alone.
+                out.append(_LITERAL.sub(":", lines[i]))
                 i += 1
         return out
 

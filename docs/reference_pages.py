@@ -19,7 +19,17 @@ def _exports(package: griffe.Module) -> list[str]:
 def _target(package: griffe.Module, name: str) -> str:
     """Where an exported name is defined."""
     member = package.members[name]
+    if isinstance(member, griffe.Module):  # a name exported from the module of the same name: griffe sees the module alone
+        return f"{member.path}.{name}"
     return str(member.target_path) if isinstance(member, griffe.Alias) else str(member.path)
+
+
+def _entry(package: griffe.Module, name: str) -> str:
+    """An exported name under the path by which people import it."""
+    path = f"{package.path}.{name}"
+    if isinstance(package.members[name], griffe.Module):
+        return f"[](){{#{path}}}\n\n" + _directive(_target(package, name), f"heading: {path}", f"toc_label: {name}")
+    return _directive(path)
 
 
 def _documented(module: griffe.Module, shown: set[str]) -> list[str]:
@@ -49,9 +59,8 @@ def reference_pages(root: Path) -> dict[str, str]:
             continue
         names = _exports(package)
         shown = {_target(package, name) for name in names}
-        # The package's own text first, then each name under the path by which people import it.
         body = [f"# corollary.{package.name}\n", _directive(package.path, "members: false", "show_root_heading: false")]
-        body += [_directive(f"{package.path}.{name}") for name in names]
+        body += [_entry(package, name) for name in names]
         pages[f"reference/{package.name}.md"] = "\n".join(body)
         first = package.docstring.value.splitlines()[0] if package.docstring else ""
         rows.append(f"| [`corollary.{package.name}`]({package.name}.md) | {first} |")

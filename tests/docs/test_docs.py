@@ -166,6 +166,18 @@ def test_a_broken_formula_is_a_warning(mathml: ModuleType, latex: str, caplog: p
     assert "formula cannot be converted" in caplog.text
 
 
+def test_bars_do_not_stretch_unless_told_to(mathml: ModuleType) -> None:
+    html = render(mathml, r":math:`\lVert x \rVert_2 + |y| + \|z\|`")
+    assert html.count('stretchy="false" lspace="0"') == 6
+    assert 'stretchy="false"' not in render(mathml, r":math:`\left\| x \right\|`")
+
+
+def test_literal_blocks(mathml: ModuleType) -> None:
+    html = render(mathml, "Three ways::\n\n    x = 1\n")
+    assert "Three ways:</p>" in html
+    assert "<code>x = 1" in html
+
+
 def test_simple_tables(mathml: ModuleType) -> None:
     html = render(mathml, "====  =====\nname  value\n====  =====\n``a``  one\n      more\nb|c   two\n====  =====\n")
     cells = re.findall(r"<t[hd]>(.*?)</t[hd]>", html)
