@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from corollary.analysis import (
@@ -426,3 +427,40 @@ def test_reads_the_layers_of_a_pretrained_transformer() -> None:
     states = [data.hidden_states([text], layer=3)[0] for text in texts]
     assert report.matrix_nuclear_norm[3] == pytest.approx(np.mean([float(matrix_nuclear_norm(s)) for s in states]), rel=1e-4)
     assert report.matrix_entropy[3] == pytest.approx(np.mean([float(matrix_entropy(s)) for s in states]), rel=1e-3)
+
+
+# Printed in the paper: Tables 9 and 10, Cerebras-GPT from 111M to 13B, matrix entropy and Matrix Nuclear-Norm.
+PRINTED = {
+    "OpenBookQA": (
+        [0.3575, 0.3416, 0.3237, 0.3140, 0.2991, 0.2848, 0.2767],
+        [0.4447, 0.4057, 0.3941, 0.3644, 0.4606, 0.3672, 0.4423],
+        0.11,
+    ),
+    "Winogrande": (
+        [0.4073, 0.3915, 0.3706, 0.3605, 0.3419, 0.3272, 0.3149],
+        [0.4802, 0.4479, 0.4440, 0.4133, 0.5232, 0.4220, 0.4964],
+        -0.11,
+    ),
+    "OpenWebText2": (
+        [0.6527, 0.6479, 0.6206, 0.6142, 0.5855, 0.5683, 0.5463],
+        [0.7147, 0.7066, 0.6823, 0.6363, 0.6017, 0.5133, 0.4991],
+        1.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("dataset", PRINTED)
+def test_what_the_record_says_of_the_papers_tables(dataset: str) -> None:
+    entropy, norm, correlation = PRINTED[dataset]
+    assert spearmanr(entropy, norm).statistic == pytest.approx(correlation, abs=0.005)
+    assert max(norm) <= 1  # the ceiling sqrt(D / L) is at most 1: the tables are divided by the length, as Equation 11
+
+
+def test_agrees_with_the_authors_steps() -> None:
+    """The order of operations of the authors' evaluation script, with its division by the number of tokens."""
+    for tokens, features in ((10, 40), (40, 10)):
+        x = matrix(7, tokens, features)
+        rows = x - x.mean(dim=0)
+        rows = rows / torch.norm(rows, p=2, dim=1, keepdim=True)
+        largest = torch.sqrt(torch.sum(rows**2, dim=0)).sort(descending=True).values[: min(tokens, features)]
+        assert float(matrix_nuclear_norm(x)) == pytest.approx(float(largest.sum()) / tokens, rel=1e-12)
