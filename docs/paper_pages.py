@@ -49,7 +49,7 @@ def _component_rows(components: tuple[Component, ...]) -> list[list[str]]:
     return rows
 
 
-def _claim(view: ClaimView) -> str:
+def _claim(view: ClaimView, family: int) -> str:
     claim, row = view.claim, view.row
     lines = [f"### {text(claim.statement)} {{ #{claim.id} }}\n", f"`{claim.id}` · {text(claim.source)} · {_badge(view)}\n"]
     if view.stale:
@@ -57,6 +57,9 @@ def _claim(view: ClaimView) -> str:
     if view.get("reason"):
         lines.append(f"It could not run: {text(str(view.get('reason')))}\n")
     facts = [("How it is judged", view.rule)]
+    if view.adjusted is not None:
+        adjusted = p_value(view.adjusted)
+        facts.append(("p value", f"{p_value(view.number('p_value'))}; {adjusted} after Holm's correction over {family} claims"))
     facts += [("Baseline", text(claim.baseline))] if claim.baseline else []
     facts += [("Tuning", text(claim.tuning))] if claim.tuning else []
     control = text(claim.control)
@@ -93,7 +96,7 @@ def _raw(view: ClaimView) -> str:
     return f'??? note "Raw values of {len(view.trials)} trials"\n\n{indented}\n'
 
 
-def _page(view: PaperView) -> str:
+def _page(view: PaperView, family: int) -> str:
     paper = view.paper
     facts = [text(", ".join(paper.authors)), text(paper.venue) if paper.venue else str(paper.year)]
     facts += [link(f"arXiv {paper.arxiv}", f"https://arxiv.org/abs/{paper.arxiv}")] if paper.arxiv else []
@@ -137,7 +140,7 @@ What a verdict says, and what it does not: [How verdicts are made](../verdicts.m
 {table(["Component", "Kind", "Source in the paper", "Measured against"], _component_rows(paper.components))}
 ## Each claim
 
-{chr(10).join(_claim(c) for c in view.claims)}
+{chr(10).join(_claim(c, family) for c in view.claims)}
 ## Where we deviate from the paper
 
 {deviations}
@@ -178,7 +181,7 @@ def _index(board: Board) -> str:
 
 def paper_pages(board: Board) -> dict[str, str]:
     """Every page below ``papers/``, by its name."""
-    pages = {f"papers/{view.paper.slug}.md": _page(view) for view in board.papers}
+    pages = {f"papers/{view.paper.slug}.md": _page(view, len(board.family)) for view in board.papers}
     pages["papers/index.md"] = _index(board)
     entries = ["- [Catalogue](index.md)"]
     for package in dict.fromkeys(view.paper.package for view in board.papers):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import doctest
-import importlib.util
+import importlib
+import json
 import logging
 import os
 import re
@@ -127,12 +128,85 @@ def test_code_in_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="module")
 def mathml() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mathml", ROOT / "docs" / "mathml.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("mathml")
+
+
+def script(name: str) -> ModuleType:
+    """A script of the docs folder; they import each other by name, as in the build."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "docs")
+        return importlib.import_module(name)
+
+
+RECORD = """
+title = "A *bold* <b>title</b> | with markup"
+authors = ["A. Author"]
+year = 2024
+arxiv = "2401.00001"
+code = "javascript:alert(1)"
+summary = "It does $x^2$ and `code_like_this` and a_b_c."
+deviations = ["smaller"]
+[[component]]
+object = "corollary.optim.Thing"
+kind = "optimizer"
+source = "Algorithm 1"
+peer = "torch.optim.SGD"
+[[claim]]
+id = "wins"
+kind = "paired"
+better = "lower"
+margin = 0.5
+metric = "error"
+statement = "Lower error"
+source = "Table 1"
+baseline = "SGD"
+control = "idea removed"
+note = "seen at once"
+"""
+
+
+def test_a_paper_page_says_what_the_store_says(tmp_path: Path) -> None:
+    from corollary.claims.record import read_paper
+    from corollary.report.views import build_board
+
+    record = tmp_path / "optim" / "thing.toml"
+    record.parent.mkdir()
+    record.write_text(RECORD)
+    record.with_suffix(".py").write_text("def wins(trial):\n    ...\n")
+    papers = {"thing": read_paper(record)}
+    row = {
+        "slug": "thing", "claim": "wins", "kind": "paired", "verdict": "inconclusive", "control_verdict": "inconclusive",
+        "effect": -0.25, "ci_low": -0.7, "ci_high": 0.2, "p_value": 0.125, "pairs": 10, "seed": 3, "scale": "laptop",
+        "stale": True, "defect": False, "control_effect": 0.5, "time": "2026-01-02T03:04:05+00:00", "commit": "abc", "seconds": 61,
+        "machine": {"processor": "P", "cores": 2}, "reason": None,
+        "values": [{"seed": 7, "evidence": {"kind": "paired", "ours": 1.0, "baseline": 1.25}, "logged": {}, "seconds": 1.0}],
+    }  # fmt: skip
+    pages = script("paper_pages").paper_pages(build_board(papers, [row]))
+    page = pages["papers/thing.md"]
+    for words in ("Lower error", "Table 1", "−0.25", "&#91;−0.70, 0.20&#93;", "0.12",
+                  "inconclusive", "(stale)", "idea removed", "seen at once", "smaller", "below −0.5", "scale laptop, seed 3",
+                  "1 min 1 s", "$x^2$", "`code_like_this`", "corollary verify thing --controls", "def wins"):  # fmt: skip
+        assert words in page, words
+    assert "<b>" not in page
+    assert "javascript:" not in page
+    assert "[A &#42;bold&#42;" in pages["papers/index.md"]
+    unmeasured = script("paper_pages").paper_pages(build_board(papers, []))["papers/thing.md"]
+    assert "not yet measured" in unmeasured
+
+
+def test_the_page_of_benchmarks_reads_what_the_harness_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.harness import Bench, measure
+
+    bench = Bench("corollary.optim.Thing", "4 | 4", lambda: sum(range(50)), {"peer": lambda: sum(range(99))}, rounds=3)
+    results = tmp_path / "results.json"
+    page = script("bench_page").benchmark_page
+    assert "No results are on record yet" in page(results)
+    rows = measure(bench)
+    results.write_text(json.dumps([{**row, "machine": {"processor": "P", "cores": 2, "system": "S"}} for row in rows]))
+    assert "| `peer` |" in page(results)
+    assert f"{rows[0]['time_ratio']:.2f}" in page(results)
+    assert "Measured on P, 2 cores, S." in page(results)
 
 
 def render(mathml: ModuleType, text: str) -> str:
