@@ -113,7 +113,7 @@ class MatrixCompletion(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         alpha: float = 0.0,
         max_iter: int = 100,
         tol: float = 1e-5,
-        inner_tol: float = 0.1,
+        inner_tol: float = 0.3,
         max_inner_iter: int = 10,
         oversampling: int = 8,
         init: str = "spectral",

@@ -5,6 +5,7 @@
 
 from corollary.testing.case import Case, Check, checks, iterate_checks, run_checks
 from corollary.testing.diagnostic import check_diagnostic
+from corollary.testing.estimator import check_estimator
 from corollary.testing.function import check_function
 from corollary.testing.layer import check_layer
 from corollary.testing.loss import check_loss
@@ -18,6 +19,7 @@ __all__ = [
     "iterate_checks",
     "run_checks",
     "check_diagnostic",
+    "check_estimator",
     "check_function",
     "check_layer",
     "check_loss",
