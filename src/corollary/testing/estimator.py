@@ -67,12 +67,12 @@ def _state(estimator: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(estimator).items() if name not in estimator.get_params(deep=False)}
 
 
-def _outputs(estimator: Any, x: Any) -> dict[str, Array]:
-    return {name: _dense(getattr(estimator, name)(x)) for name in _METHODS if hasattr(estimator, name)}
-
-
 def _dense(value: Any) -> Array:
     return np.asarray(value.toarray() if sparse.issparse(value) else value)
+
+
+def _outputs(estimator: Any, x: Any) -> dict[str, Array]:
+    return {name: _dense(getattr(estimator, name)(x)) for name in _METHODS if hasattr(estimator, name)}
 
 
 def _same_state(left: Any, right: Any, what: str) -> None:
