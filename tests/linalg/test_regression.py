@@ -42,7 +42,9 @@ def squared_residual(x, solution, factor):
 SOLVERS = {
     "exact": solve_rows_exact,
     "shared": lambda b, v, alpha: solve_rows_refined(b, v, alpha=alpha, tol=1e-12, max_iter=200),
-    "row": lambda b, v, alpha: solve_rows_refined(b, v, alpha=alpha, tol=1e-12, max_iter=200, preconditioner="row", oversampling=4),
+    "row": lambda b, v, alpha: solve_rows_refined(
+        b, v, alpha=alpha, tol=1e-12, max_iter=200, preconditioner="row", oversampling=4
+    ),
 }
 
 

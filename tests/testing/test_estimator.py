@@ -159,12 +159,12 @@ class ForgetsToReturn(Sound):
 def test_broken_estimators_fail(broken, check, message):
     with pytest.raises(AssertionError, match=message):
         CHECKS[check](Case(broken))
-    with pytest.raises(AssertionError, match="check '.*' failed"):
+    with pytest.raises(AssertionError, match=r"check '.*' failed"):
         check_estimator(broken, sklearn=False)
 
 
 def test_sklearns_checks_are_among_them():
-    with pytest.raises(AssertionError, match="check 'sklearn' failed: .*check_estimators_overwrite_params"):
+    with pytest.raises(AssertionError, match=r"check 'sklearn' failed: .*check_estimators_overwrite_params"):
         check_estimator(ChangesParameter)
 
 

@@ -17,16 +17,18 @@ Python loop over rows and never more than a block of the |Ω| × k gathered rows
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import sparse
+from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
 from corollary.linalg.sketch import count_sketch
 
 Array = NDArray[Any]
+Csr = Any  # scipy.sparse.csr_matrix or csr_array; scipy itself ships no types
 BLOCK_BYTES = 1 << 20  # gathered rows of one block: about an L2 cache, because every refinement reads them twice
 _SLACK = 1.125  # a block's longest row is at most this much longer than its shortest: the padding stays below an eighth
 
@@ -52,12 +54,13 @@ class ObservedBlocks:
         block_bytes: bytes of gathered rows in one block. A single row may exceed it.
 
     Example:
+        >>> from scipy import sparse
         >>> blocks = ObservedBlocks(sparse.csr_matrix(np.eye(3)), width=2)
         >>> [block.columns.shape for block in blocks.blocks]
         [(3, 1)]
     """
 
-    def __init__(self, matrix: sparse.csr_matrix, width: int, block_bytes: int = BLOCK_BYTES) -> None:
+    def __init__(self, matrix: Csr, width: int, block_bytes: int = BLOCK_BYTES) -> None:
         self.shape: tuple[int, int] = matrix.shape
         self.dtype = matrix.dtype
         self.squared_norm = float(np.dot(matrix.data, matrix.data))
@@ -76,7 +79,7 @@ class ObservedBlocks:
             begin = end
 
     @staticmethod
-    def _pad(matrix: sparse.csr_matrix, rows: Array, lengths: Array) -> Block:
+    def _pad(matrix: Csr, rows: Array, lengths: Array) -> Block:
         there = np.arange(lengths[-1]) < lengths[:, None]
         source = (matrix.indptr[rows][:, None] + np.arange(lengths[-1]))[there]
         columns = np.full(there.shape, matrix.shape[1], dtype=np.int32 if matrix.shape[1] < 2**31 else np.int64)
@@ -84,6 +87,11 @@ class ObservedBlocks:
         columns[there] = matrix.indices[source]
         values[there] = matrix.data[source]
         return Block(rows, columns, values, lengths)
+
+
+@cache
+def _threads() -> Any:
+    return ThreadpoolController()
 
 
 def _with_zero_row(factor: Array) -> Array:
@@ -114,6 +122,7 @@ def solve_rows_exact(blocks: ObservedBlocks, factor: Array, *, alpha: float = 0.
         ValueError, TypeError: ``factor`` has another shape or dtype.
 
     Example:
+        >>> from scipy import sparse
         >>> x = sparse.csr_matrix(np.array([[2.0, 4.0]]))
         >>> solve_rows_exact(ObservedBlocks(x, width=1), np.array([[1.0], [2.0]]))[0]
         array([[2.]])
@@ -125,18 +134,19 @@ def solve_rows_exact(blocks: ObservedBlocks, factor: Array, *, alpha: float = 0.
     squared = 0.0
     jitter = 10 * np.finfo(factor.dtype).eps
     diagonal = np.arange(k)
-    for block in blocks.blocks:
-        a = padded[block.columns]
-        gram = a.transpose(0, 2, 1) @ a
-        trace = np.trace(gram, axis1=1, axis2=2)[:, None]
-        gram[:, diagonal, diagonal] += alpha + jitter * trace + np.finfo(factor.dtype).tiny
-        right = a.transpose(0, 2, 1) @ block.values[..., None]
-        # torch's batched Cholesky takes 0.8 of the time of numpy's batched solve at k = 64 and of scipy's half
-        lower, _ = torch.linalg.cholesky_ex(torch.from_numpy(gram))
-        u = torch.cholesky_solve(torch.from_numpy(right), lower).numpy()
-        out[block.rows] = u[..., 0]
-        residual = block.values - (a @ u)[..., 0]
-        squared += float(np.vdot(residual, residual))
+    with _threads().limit(limits=1):  # a block's products are too small to gain from threads inside them
+        for block in blocks.blocks:
+            a = padded[block.columns]
+            gram = a.transpose(0, 2, 1) @ a
+            trace = np.trace(gram, axis1=1, axis2=2)[:, None]
+            gram[:, diagonal, diagonal] += alpha + jitter * trace + np.finfo(factor.dtype).tiny
+            right = a.transpose(0, 2, 1) @ block.values[..., None]
+            # torch's batched Cholesky takes 0.8 of the time of numpy's batched solve at k = 64 and of scipy's half
+            lower, _ = torch.linalg.cholesky_ex(torch.from_numpy(gram))
+            u = torch.cholesky_solve(torch.from_numpy(right), lower).numpy()
+            out[block.rows] = u[..., 0]
+            residual = block.values - (a @ u)[..., 0]
+            squared += float(np.vdot(residual, residual))
     return out, squared
 
 
@@ -180,6 +190,7 @@ def solve_rows_refined(
         ValueError, TypeError: a shape, dtype or name is wrong.
 
     Example:
+        >>> from scipy import sparse
         >>> x = sparse.csr_matrix(np.array([[2.0, 4.0]]))
         >>> solve_rows_refined(ObservedBlocks(x, width=1), np.array([[1.0], [2.0]]), tol=1e-9)[0].round(6)
         array([[2.]])
@@ -195,16 +206,17 @@ def solve_rows_refined(
     y0 = None if start is None else (start @ basis) * unscale
     out = np.zeros((blocks.shape[0], k), factor.dtype)
     squared = 0.0
-    for block in blocks.blocks:
-        a = padded[block.columns]
-        y = np.zeros((len(block.rows), k), factor.dtype) if y0 is None else y0[block.rows]
-        inverse = None
-        if preconditioner == "row":
-            inverse, first = _row_sketch(a, block.values, ridge, oversampling * k, generator)
-            y = first if y0 is None else y
-        diagonal = 1 / (block.lengths[:, None].astype(factor.dtype) / n + ridge)
-        squared += _pcgls(a, block.values, y, ridge, diagonal, inverse, tol, max_iter)
-        out[block.rows] = y
+    with _threads().limit(limits=1):  # a block's products are too small to gain from threads inside them
+        for block in blocks.blocks:
+            a = padded[block.columns]
+            y = np.zeros((len(block.rows), k), factor.dtype) if y0 is None else y0[block.rows]
+            inverse = None
+            if preconditioner == "row":
+                inverse, first = _row_sketch(a, block.values, ridge, oversampling * k, generator)
+                y = first if y0 is None else y
+            diagonal = 1 / (block.lengths[:, None].astype(factor.dtype) / n + ridge)
+            squared += _pcgls(a, block.values, y, ridge, diagonal, inverse, tol, max_iter)
+            out[block.rows] = y
     return (out * scale) @ basis.T, squared
 
 

@@ -101,8 +101,7 @@ def srht(a: Tensor, size: int, *, generator: torch.Generator | None = None) -> T
     x = torch.nn.functional.pad(a * _signs(n, a, generator), (0, 0, 0, padded - n))
     half = 1
     while half < padded:  # one butterfly of the fast transform over all pairs at once
-        pair = x.unflatten(-2, (-1, 2, half))
-        top, bottom = pair.unbind(-3)
+        top, bottom = x.reshape(*x.shape[:-2], -1, 2, half, x.shape[-1]).unbind(-3)
         x = torch.stack((top + bottom, top - bottom), dim=-3).flatten(-4, -2)
         half *= 2
     device = generator.device if generator else a.device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
@@ -10,14 +11,16 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin, _fit_context
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.extmath import randomized_svd
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from corollary.linalg.regression import ObservedBlocks, solve_rows_exact, solve_rows_refined
+from corollary.linalg.regression import Csr, ObservedBlocks, solve_rows_exact, solve_rows_refined
 
 Array = NDArray[Any]
+csr_matrix: Any = sparse.csr_matrix
 
 
 class MatrixCompletion(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
@@ -44,7 +47,8 @@ class MatrixCompletion(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             (k³ a row), for coherent factors or far from uniform sampling.
         alpha: ridge :math:`\alpha \ge 0`. Needed as soon as some rows or columns have not many more than k entries, or noise.
         max_iter: iterations at most, each of a V turn and a U turn.
-        tol: stop when the root mean squared residual, divided by that of the observed entries, falls by less than this.
+        tol: stop when the root mean squared residual, divided by that of the observed entries, falls by less than this. 0 does
+            all ``max_iter`` iterations.
         inner_tol: an update is done when each row's preconditioned gradient has shrunk by this factor. The smaller, the
             closer to ``solver="exact"``.
         max_inner_iter: refinements of one update at most.
@@ -138,15 +142,17 @@ class MatrixCompletion(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         self.fit_transform(X, y)
         return self
 
-    @_fit_context(prefer_skip_nested_validation=True)
+    @_fit_context(prefer_skip_nested_validation=True)  # type: ignore[untyped-decorator]
     def fit_transform(self, X: Any, y: Any = None) -> Array:
-        """Fit, and return U, shape (n_samples, n_components): the same as ``fit(X).transform(X)`` at half its cost."""
+        """Fit, and return U, shape (n_samples, n_components): what ``transform(X)`` gives too."""
         observed = self._observed(X, reset=True)
         (m, n), k = observed.shape, self.n_components
         if k > min(m, n):
             raise ValueError(f"n_components={k} must be at most min(n_samples={m}, n_features={n})")
         if observed.nnz == 0:
-            raise ValueError("X has no observed entry: store entries in the sparse matrix, or give a dense array that is not all NaN")
+            raise ValueError(
+                "X has no observed entry: store entries in the sparse matrix, or give a dense array that is not all NaN"
+            )
         random = check_random_state(self.random_state)
         self._generator = torch.Generator().manual_seed(int(random.randint(2**31 - 1)))
         try:
@@ -158,15 +164,21 @@ class MatrixCompletion(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
                 v, _ = self._update(columns, u, v)
                 u, squared = self._update(rows, v, u)
                 curve.append(float(np.sqrt(squared / rows.observed)))
-                if len(curve) > 1 and curve[-2] - curve[-1] <= self.tol * scale:
+                if self.tol > 0 and len(curve) > 1 and curve[-2] - curve[-1] <= self.tol * scale:
                     break
+            else:
+                if self.tol > 0:
+                    warnings.warn(
+                        f"not converged after max_iter={self.max_iter} iterations; raise max_iter or tol={self.tol}",
+                        ConvergenceWarning,
+                        stacklevel=3,
+                    )
         finally:
             del self._generator
-        components = self._balance(u, v)
+        embedding, self.components_ = self._balance(u, v)
         self.n_iter_ = len(curve)
         self.loss_curve_ = np.array(curve)
-        self.components_ = components
-        self.embedding_ = self._embed(rows)
+        self.embedding_ = self._embed(rows, embedding)
         return self.embedding_
 
     def transform(self, X: Any) -> Array:
@@ -189,7 +201,9 @@ class MatrixCompletion(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         i, j = np.asarray(rows), np.asarray(columns)
         for name, index, size in (("rows", i, self.embedding_.shape[0]), ("columns", j, self.components_.shape[1])):
             if index.ndim != 1 or (index.size and not np.issubdtype(index.dtype, np.integer)):
-                raise ValueError(f"'{name}' must be a 1-dimensional array of integers, not {index.dtype} of shape {index.shape}")
+                raise ValueError(
+                    f"'{name}' must be a 1-dimensional array of integers, not {index.dtype} of shape {index.shape}"
+                )
             if index.size and (index.min() < 0 or index.max() >= size):
                 raise ValueError(f"'{name}' must lie in [0, {size}), got values from {index.min()} to {index.max()}")
         if i.shape != j.shape:
@@ -209,41 +223,47 @@ class MatrixCompletion(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         check_is_fitted(self)
         held = self._observed(X, reset=False).tocoo()
         if held.shape[0] != self.embedding_.shape[0]:
-            raise ValueError(f"X must have the training matrix's {self.embedding_.shape[0]} rows to be scored, not {held.shape[0]}")
+            raise ValueError(
+                f"X must have the training matrix's {self.embedding_.shape[0]} rows to be scored, not {held.shape[0]}"
+            )
         if held.nnz == 0:
             raise ValueError("X has no observed entry to score")
         return -float(np.sqrt(np.mean((self.predict_entries(held.row, held.col) - held.data) ** 2)))
 
-    def _observed(self, X: Any, reset: bool) -> sparse.csr_matrix:
+    def _observed(self, X: Any, reset: bool) -> Csr:
+        """X as a CSR matrix of its observed entries, without duplicates."""
         X = validate_data(
             self, X, accept_sparse="csr", dtype=[np.float64, np.float32], ensure_all_finite="allow-nan", reset=reset
         )
-        if sparse.issparse(X):
-            if np.isnan(X.data).any():
-                raise ValueError("X stores NaN: in a sparse matrix leave a missing entry out")
-            observed = sparse.csr_matrix(X)  # shares the arrays of X, so it is copied before duplicates are summed in place
-            if not observed.has_canonical_format:
-                observed = observed.copy()
-                observed.sum_duplicates()
-            return observed
-        rows, columns = np.nonzero(~np.isnan(X))
-        return sparse.csr_matrix((X[rows, columns], (rows, columns)), shape=X.shape)
+        stored: bool = sparse.issparse(X)
+        if not stored:
+            seen = ~np.isnan(X)
+            return csr_matrix((X[seen], np.nonzero(seen)), shape=X.shape)
+        if np.isnan(X.data).any():
+            raise ValueError("X stores NaN: in a sparse matrix leave a missing entry out")
+        observed = csr_matrix(X)
+        if not observed.has_canonical_format:
+            observed = observed.copy()  # it shares the arrays of X, and duplicates are summed in place
+            observed.sum_duplicates()
+        return observed
 
-    def _start(self, observed: sparse.csr_matrix, random: np.random.RandomState) -> tuple[Array, Array]:
+    def _start(self, observed: Csr, random: np.random.RandomState) -> tuple[Array, Array]:
+        """U and V to start from: singular vectors of the trimmed matrix, the rows of U clipped."""
         (m, n), k = observed.shape, self.n_components
         if self.init == "random":
             u = random.standard_normal((m, k)).astype(observed.dtype)
             return u, np.zeros((n, k), observed.dtype)
-        rate = observed.nnz / (m * n)
-        trimmed = observed / observed.dtype.type(rate)
-        for axis, size in ((1, n), (0, m)):  # a row or column with over twice its share would pull a singular vector onto itself
-            count = np.bincount(observed.indices, minlength=n) if axis == 0 else np.diff(observed.indptr)
-            shrink = np.minimum(1, 2 * rate * size / np.maximum(count, 1)).astype(observed.dtype)
-            trimmed = sparse.diags_array(shrink) @ trimmed if axis == 1 else trimmed @ sparse.diags_array(shrink)
+        # a row or column with over twice its share of entries would pull a singular vector onto itself
+        rows = np.minimum(1, 2 * observed.nnz / m / np.maximum(np.diff(observed.indptr), 1))
+        columns = np.minimum(1, 2 * observed.nnz / n / np.maximum(np.bincount(observed.indices, minlength=n), 1))
+        trimmed = observed.copy()
+        trimmed.data *= np.repeat(rows, np.diff(observed.indptr)).astype(observed.dtype)
+        trimmed.data *= columns.astype(observed.dtype)[observed.indices] * observed.dtype.type(m * n / observed.nnz)
         u, s, vt = randomized_svd(trimmed, k, n_iter=4, random_state=random)
         norms = np.linalg.norm(u, axis=1, keepdims=True)
-        bound = 2 * np.sqrt(self.incoherence * k / m)
-        u = np.linalg.qr(u * np.minimum(1, bound / np.maximum(norms, np.finfo(u.dtype).tiny)))[0]
+        clip = np.minimum(1, 2 * np.sqrt(self.incoherence * k / m) / np.maximum(norms, np.finfo(u.dtype).tiny))
+        u, r = np.linalg.qr(u * clip)
+        u *= np.where(np.diag(r) < 0, -1, 1)  # the signs that go with V
         return (u * np.sqrt(s)).astype(observed.dtype), (vt.T * np.sqrt(s)).astype(observed.dtype)
 
     def _update(self, blocks: ObservedBlocks, factor: Array, start: Array) -> tuple[Array, float]:
@@ -262,22 +282,24 @@ class MatrixCompletion(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             generator=self._generator,
         )
 
-    def _balance(self, u: Array, v: Array) -> Array:
-        """``UVᵀ = PΣQᵀ``; keeps Σ and gives ``Σ^(1/2)Qᵀ``, the split at which the ridge on both factors is least."""
+    def _balance(self, u: Array, v: Array) -> tuple[Array, Array]:
+        """``UVᵀ = PΣQᵀ`` as ``PΣ^(1/2)`` and ``Σ^(1/2)Qᵀ``, the split at which the ridge on both factors is least."""
         (qu, ru), (qv, rv) = np.linalg.qr(u), np.linalg.qr(v)
-        _, self.singular_values_, right = np.linalg.svd(ru @ rv.T)
-        components: Array = np.sqrt(self.singular_values_)[:, None] * (right @ qv.T)
+        left, self.singular_values_, right = np.linalg.svd(ru @ rv.T)
+        root = np.sqrt(self.singular_values_)
+        embedding, components = (qu @ left) * root, root[:, None] * (right @ qv.T)
         # the sign of a singular vector is arbitrary: its largest entry is made positive
         largest = np.argmax(np.abs(components), axis=1)
-        components *= np.where(components[np.arange(len(components)), largest] < 0, -1, 1)[:, None]
-        return components.astype(v.dtype)
+        signs = np.where(components[np.arange(len(components)), largest] < 0, -1, 1).astype(v.dtype)
+        return embedding * signs, components * signs[:, None]
 
-    def _embed(self, blocks: ObservedBlocks) -> Array:
+    def _embed(self, blocks: ObservedBlocks, start: Array | None = None) -> Array:
+        """U for the final components: polished from ``start``, or from nothing to an accuracy that hides the difference."""
         factor = np.ascontiguousarray(self.components_.T)
         if self.solver == "exact":
             return solve_rows_exact(blocks, factor, alpha=self.alpha)[0]
-        tol = 10 * float(np.finfo(factor.dtype).eps)  # no randomness and full accuracy: a row's result is its own
-        return solve_rows_refined(blocks, factor, alpha=self.alpha, tol=tol, max_iter=10 * factor.shape[1])[0]
+        tol = max(1e-8, 10 * float(np.finfo(factor.dtype).eps)) if start is None else 1e-3
+        return solve_rows_refined(blocks, factor, start, alpha=self.alpha, tol=tol, max_iter=10 * factor.shape[1])[0]
 
     @property
     def _n_features_out(self) -> int:
