@@ -13,7 +13,9 @@ INTERNAL = frozenset({"report"})
 
 
 def _exports(package: griffe.Module) -> list[str]:
-    return [str(name) for name in package.exports or []]
+    """What a package exports; of a single module, which lists nothing, its public names with a docstring."""
+    names = [str(name) for name in package.exports or []]
+    return names if names or package.is_init_module else _documented(package, set())
 
 
 def _target(package: griffe.Module, name: str) -> str:
