@@ -221,6 +221,23 @@ def test_bad_input_is_named() -> None:
         comp_sum_bound(torch.tensor(-0.5), 1, 3)
 
 
+@pytest.mark.parametrize("tau", [0.5, 1.0, 1.5])
+def test_second_derivative(tau: float) -> None:
+    logits, target = batch(5)
+    logits.requires_grad_()
+    torch.autograd.gradgradcheck(lambda h: comp_sum_loss(h, target, tau=tau), (logits,))
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 1.5])
+def test_autocast_gives_the_dtype_that_torch_gives(tau: float) -> None:
+    logits, target = batch(6)
+    half, weight = logits.to(torch.bfloat16), torch.ones(5)
+    with torch.autocast("cpu", torch.bfloat16):
+        for wanted in (target, torch.softmax(half, 1)):
+            assert comp_sum_loss(half, wanted, tau=tau).dtype == F.cross_entropy(half, wanted).dtype
+    assert comp_sum_loss(half, target, tau=tau, weight=weight).dtype == torch.bfloat16  # a weight of another dtype is taken
+
+
 def test_weight_moves_with_the_module() -> None:
     module = CompSumLoss(0.5, weight=torch.ones(5))
     assert module.to(torch.float64).weight is not None

@@ -61,6 +61,7 @@ def comp_sum_loss(
     classes = need_logits(logits)
     need_target(logits, target)
     need_weight(weight, classes)
+    weight = None if weight is None else weight.to(logits.dtype)
     if tau == 1:
 
         def cross_entropy() -> Tensor:
@@ -72,9 +73,10 @@ def comp_sum_loss(
     if target.is_floating_point():
         dim = class_dim(logits)
         share = target if weight is None else target * weight.view(-1, *[1] * (logits.ndim - dim - 1))
-        nll = -F.log_softmax(logits, dim).to(wide)
-        loss = (share * _phi(nll, tau, logits.dtype)).sum(dim)
-        return reduce_loss(loss, reduction).to(logits.dtype)
+        # Under autocast torch's cross-entropy gives float32.
+        out = wide if torch.is_autocast_enabled(logits.device.type) else logits.dtype
+        nll = -F.log_softmax(logits, dim, dtype=wide)
+        return reduce_loss((share * _phi(nll, tau, out)).sum(dim), reduction).to(out)
 
     def likelihood() -> Tensor:
         return F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="none")

@@ -259,7 +259,7 @@ def _train(
     total = setting.epochs * (count // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=total)
     for _ in range(setting.epochs):
-        order = torch.randperm(count, generator=generator).to(x.device)
+        order = torch.randperm(count, generator=generator, device=x.device)
         for rows in order[: count // batch * batch].view(-1, batch):
             inputs, labels = x[:, rows], y[:, rows]
             with torch.no_grad():
@@ -275,7 +275,7 @@ def _train(
                 generator=generator,
             )
             if setting.broken == "random":  # any point of the ball instead of the worst
-                noise = torch.rand(inputs.shape, generator=generator).to(inputs).mul(2 * EPS).sub(EPS)
+                noise = torch.rand(inputs.shape, generator=generator, device=x.device).mul(2 * EPS).sub(EPS)
                 moved = (inputs + noise).clamp(0, 1)
             both = stack(torch.cat([inputs, moved], 1))
             clean, shifted = both[:, :batch], both[:, batch:]
@@ -314,7 +314,7 @@ def _accuracy(stack: Stack, x: Tensor, y: Tensor, steps: int, generator: torch.G
 def _measured(method: str, weight: float, seed: int, setting: Setting, device: str) -> tuple[float, float]:
     """Clean and robust test accuracy of one training. Kept, because a claim and its control share the baseline."""
     split = digits(seed=seed, flat=True)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     train = split.train_x.to(device)[None], split.train_y.to(device)[None]
     stack = _train(method, [weight], *train, [seed], setting, generator)
     test = split.test_x.to(device)[None], split.test_y.to(device)[None]
@@ -331,7 +331,7 @@ def _validated(method: str, weights: tuple[float, ...], seed: int, setting: Sett
         for part in ("train_x", "train_y", "test_x", "test_y")
     )
     seeds = [seed + k for k in range(2) for _ in weights]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     stack = _train(method, list(weights) * 2, x, y, seeds, setting, generator)
     measured = _accuracy(stack, val_x, val_y, setting.eval_steps, generator)
     return [torch.tensor(values).view(2, -1).mean(0).tolist() for values in measured]
