@@ -184,10 +184,10 @@ def bound_is_tight(trial: Trial, explicit: bool = False) -> Exact:
 # Robust training on the digits.
 
 EPS = 0.15  # of the pixels' range [0, 1], in the maximum norm
-BETAS = (0.25, 0.5, 0.75, 1.0, 2.0, 4.0)
+BETAS = (0.1, 0.25, 0.5, 1.0, 3.0, 6.0)
 NUS = (0.2, 0.4, 0.6, 0.8, 1.2, 1.6)
 RHO = 0.25
-HIDDEN = (96, 96)
+HIDDEN = (64, 64)
 # Points of clean accuracy that robustness may cost, against training without a robust term.
 COST = 0.01
 
