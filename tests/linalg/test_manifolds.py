@@ -50,6 +50,30 @@ def test_exp_holds_for_rank_deficient_and_repeated_directions() -> None:
     torch.testing.assert_close(y, expected, atol=1e-15, rtol=0)
 
 
+@pytest.mark.parametrize("length", [0.0, 1e-44, 1e-38, 1e-25, 1e-21, 1e-19, 1e3])
+def test_steps_of_any_length_are_taken(length: float) -> None:
+    """Squares of such lengths underflow in float32, down to entries that no eigensolver takes."""
+    manifold = Grassmann(64, 8)
+    generator = torch.Generator().manual_seed(0)
+    x = manifold.random_point(10, generator=generator)
+    y = manifold.exp(x, length * torch.randn(x.shape, generator=generator))
+    assert y.isfinite().all()
+    if length < 1:
+        torch.testing.assert_close(y, x, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("retraction", ["geodesic", "qr", "polar"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_nan_spoils_its_own_point_alone(retraction: str, bad: float) -> None:
+    manifold = Grassmann(6, 2, retraction)
+    x = manifold.random_point(3, generator=torch.Generator().manual_seed(0))
+    v = manifold.random_tangent(x)
+    v[1, 0, 0] = bad
+    y = manifold.retract(x, v)
+    assert not y[1].isfinite().all()
+    assert y[[0, 2]].isfinite().all()
+
+
 @pytest.mark.parametrize(("n", "k"), [(7, 2), (7, 5), (4, 3), (5, 1), (4, 4)])
 def test_distance_is_the_norm_of_the_principal_angles(n: int, k: int) -> None:
     manifold = Grassmann(n, k)

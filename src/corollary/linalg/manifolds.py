@@ -209,8 +209,12 @@ class Grassmann(Manifold):
 
     def exp(self, x: Tensor, v: Tensor) -> Tensor:
         frame, step = _working(x, v)
-        squares, basis = torch.linalg.eigh(step.mT @ step)
-        angles = squares.clamp_min(0).sqrt()
+        # Scaled first, or the squares of a small step (the end of a schedule) underflow and the eigensolver gives up.
+        scale = step.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(step.dtype).tiny)
+        scaled = step / scale
+        # A NaN in a gradient must reach its own point, as in every optimizer, and not end in the eigensolver's error.
+        squares, basis = torch.linalg.eigh((scaled.mT @ scaled).nan_to_num(0.0, 0.0, 0.0))
+        angles = squares.clamp_min(0).sqrt() * scale.squeeze(-1)
         cosine = (basis * angles.cos().unsqueeze(-2)) @ basis.mT
         sine = (basis * torch.sinc(angles / torch.pi).unsqueeze(-2)) @ basis.mT
         y = frame @ cosine + step @ sine
@@ -229,7 +233,7 @@ class Grassmann(Manifold):
             y = torch.mul(q, signs.unsqueeze(-2))
             return y.to(x.dtype)
         # YᵀY = I + VᵀV has no eigenvalue under 1, so its inverse square root is safe.
-        squares, basis = torch.linalg.eigh(y.mT @ y)
+        squares, basis = torch.linalg.eigh((y.mT @ y).nan_to_num(1.0, 1.0, 1.0))
         y = y @ (basis * squares.rsqrt().unsqueeze(-2)) @ basis.mT
         return y.to(x.dtype)
 
