@@ -133,7 +133,10 @@ class RiemannianSGD(Optimizer):
         move = manifold.gradient(x, p.grad.to(work))
         if "momentum_buffer" in state:
             move = torch.add(move, state["momentum_buffer"].to(work), alpha=group["momentum"])
-        y = manifold.retract(x, move * (group["lr"] if group["maximize"] else -group["lr"]))
+        lr = group["lr"]
+        # A step of length zero is no step: a retraction would move the point by its rounding.
+        still = not isinstance(lr, Tensor) and lr == 0
+        y = x if still else manifold.retract(x, move * (lr if group["maximize"] else -lr))
         if group["momentum"]:
             # `move` may be the gradient itself on a flat manifold, so the buffer is always a copy.
             state["momentum_buffer"] = manifold.transport(x, y, move).to(p.dtype, copy=True)
