@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import geoopt
 import torch
-from benchmarks.harness import Bench
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.harness import Bench
 from corollary.linalg import Grassmann, ManifoldParameter, Transposed
 from corollary.nn import GrassmannLinear
 from corollary.optim import RiemannianSGD

@@ -80,7 +80,7 @@ class GrassmannLinear(nn.Module):
         (torch.Size([5, 3]), True)
 
     Source: Wang, Li and Zhang, "Get the Best of Both Worlds: Improving Accuracy and Transferability by Grassmann Class
-    Representation", arXiv 2308.01547, section 3, equations of the logit and of feature normalization.
+    Representation", arXiv 2308.01547: the definition of the logit, with the features normalized and scaled by gamma.
     """
 
     weight: ManifoldParameter
