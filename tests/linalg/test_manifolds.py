@@ -109,8 +109,9 @@ def test_random_points_are_uniform() -> None:
     assert float(projectors[:, 0, 0].square().mean()) == pytest.approx(8 / 35, abs=0.005)
 
 
-@pytest.mark.parametrize("retraction", ["geodesic", "qr", "polar"])
-@pytest.mark.parametrize(("n", "k"), [(6, 2), (5, 3), (4, 1), (32, 8)])
+@pytest.mark.parametrize(
+    ("n", "k", "retraction"), [(5, 3, "geodesic"), (4, 1, "geodesic"), (32, 8, "geodesic"), (6, 2, "qr"), (5, 3, "polar")]
+)
 def test_grassmann_conforms(n: int, k: int, retraction: str) -> None:
     check_manifold(lambda: Grassmann(n, k, retraction), gauge=turn, equivariant=retraction != "qr")
 

@@ -52,7 +52,7 @@ def patches(trial: Trial) -> Split:
     return Split(train_x, split.train_y, test_x, split.test_y, split.classes)
 
 
-def train(trial: Trial, split: Split, head: Head, rates: Sequence[float], steps: int = 400) -> MLP:
+def train(trial: Trial, split: Split, head: Head, rates: Sequence[float], steps: int = 300) -> MLP:
     """A small network with this head: AdamW for the backbone (and a softmax head), Riemannian SGD for class subspaces."""
     torch.manual_seed(trial.seed)  # every head stands on the same start of the backbone
     model = MLP(split.train_x.shape[1], WIDTHS, split.num_classes)
@@ -168,7 +168,7 @@ def transfer_improves(trial: Trial, head: type[GrassmannLinear] = GrassmannLinea
     for dim in DIMS:
         error = 0.0
         for seen, unseen in ((first, second), (second, first)):
-            model = train(trial, seen, lambda n, c, dim=dim: head(n, c, dim), RATES)  # type: ignore[misc]
+            model = train(trial, seen, lambda n, c, dim=dim: head(n, c, dim), RATES, steps=400)  # type: ignore[misc]
             error += probe_error(model, unseen, trial.device) / 2
         errors.append(error)
     trial.figure("transfer error", x=DIMS, y={head.__name__: errors}, xlabel="subspace dimension", ylabel="error", log="x")
