@@ -71,7 +71,7 @@ class SmoothAdversarialCompSumLoss(nn.Module):
 
     Args:
         tau: which comp-sum loss, at least 0; see `CompSumLoss`.
-        rho: scale of the margins, above 0. For a network whose last layer is free it only rescales ``nu``.
+        rho: scale of the margins, above 0. For a network whose last layer is free it rescales ``nu`` and the start of training.
         nu: weight of the shift, at least 0. Tune it: too large, and the network becomes constant.
         reduction: ``none``, ``mean`` or ``sum``.
 
