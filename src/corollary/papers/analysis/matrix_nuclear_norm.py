@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,11 @@ def paper_entropy(hidden_states: Tensor) -> Tensor:
     return -(spectrum * spectrum.log()).nansum() / math.log(hidden_states.shape[1])
 
 
+def _seconds(rounds: int = 2, **cases: Callable[[], Tensor]) -> dict[str, float]:
+    # No warm-up: a decomposition of these sizes hides it, and the column norms are called until 0.01 s have passed.
+    return interleave(cases, rounds=rounds, warmup=0, min_seconds=0.01)
+
+
 def _square(trial: Trial, n: int) -> Tensor:
     return torch.randn(n, n, generator=trial.generator).to(trial.device)
 
@@ -40,7 +45,7 @@ def _square(trial: Trial, n: int) -> Tensor:
 @claim(control={"method": nuclear_norm})
 def faster_than_matrix_entropy(trial: Trial, method: Measure = matrix_nuclear_norm) -> Ratio:
     x = _square(trial, trial.pick(smoke=128, laptop=1024, full=4096))
-    seconds = interleave({"ours": lambda: method(x), "entropy": lambda: paper_entropy(x)}, rounds=3, min_seconds=0.01)
+    seconds = _seconds(ours=lambda: method(x), entropy=lambda: paper_entropy(x))
     trial.log(speed_up=seconds["entropy"] / seconds["ours"])
     return Ratio(seconds["ours"], seconds["entropy"])
 
@@ -48,9 +53,7 @@ def faster_than_matrix_entropy(trial: Trial, method: Measure = matrix_nuclear_no
 @claim(control={"method": nuclear_norm})
 def faster_than_tuned_entropy(trial: Trial, method: Measure = matrix_nuclear_norm) -> Ratio:
     x = _square(trial, trial.pick(smoke=128, laptop=2048, full=4096))
-    # No warm-up: one decomposition of this size is long enough to hide it.
-    cases = {"ours": lambda: method(x), "entropy": lambda: matrix_entropy(x)}
-    seconds = interleave(cases, rounds=2, warmup=0, min_seconds=0.01)
+    seconds = _seconds(1, ours=lambda: method(x), entropy=lambda: matrix_entropy(x))
     trial.log(speed_up=seconds["entropy"] / seconds["ours"])
     return Ratio(seconds["ours"], seconds["entropy"])
 
@@ -72,16 +75,15 @@ def faster_with_the_forward_pass(trial: Trial, method: Measure = matrix_nuclear_
 @claim(control={"method": nuclear_norm})
 def speedup_grows_with_size(trial: Trial, method: Measure = matrix_nuclear_norm) -> Slope:
     sizes = trial.pick(smoke=(32, 64, 128), laptop=(128, 256, 512, 1024), full=(512, 1024, 2048, 4096))
-    speed_up: dict[str, list[float]] = {"torch.svd": [], "eigvalsh": []}
+    speed_up: dict[str, list[float]] = {"svd": [], "eigvalsh": []}
     for n in sizes:
         x = _square(trial, n)
-        cases = {"ours": lambda: method(x), "torch.svd": lambda: paper_entropy(x), "eigvalsh": lambda: matrix_entropy(x)}  # noqa: B023
-        seconds = interleave(cases, rounds=3, min_seconds=0.01)
+        seconds = _seconds(ours=partial(method, x), svd=partial(paper_entropy, x), eigvalsh=partial(matrix_entropy, x))
         for peer, factors in speed_up.items():
             factors.append(seconds[peer] / seconds["ours"])
     trial.log(speed_up=speed_up)
     trial.figure("speed-up over matrix entropy", x=sizes, y=speed_up, xlabel="n", ylabel="times faster", log="xy")
-    return Slope(sizes, speed_up["torch.svd"])
+    return Slope(sizes, speed_up["svd"])
 
 
 LENGTHS = (8, 16, 32, 64, 128, 256, 512)
