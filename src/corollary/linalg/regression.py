@@ -91,11 +91,23 @@ class ObservedBlocks:
 
 @cache
 def _threads() -> Any:
+    """Limits the threads inside BLAS and LAPACK: a block is too small to gain from them, and on a busy machine they spin."""
     return ThreadpoolController()
 
 
-def _with_zero_row(factor: Array) -> Array:
-    return np.concatenate([factor, np.zeros((1, factor.shape[1]), factor.dtype)])  # what the padding gathers
+class _Gather:
+    """The factor's rows that a block observes, (b, p, k), in one buffer that all blocks share; padding gathers zeros."""
+
+    def __init__(self, factor: Array, blocks: ObservedBlocks) -> None:
+        self.padded = np.concatenate([factor, np.zeros((1, factor.shape[1]), factor.dtype)])
+        largest = max((block.columns.size for block in blocks.blocks), default=0)
+        self.buffer = np.empty(largest * factor.shape[1], factor.dtype)
+
+    def __call__(self, block: Block) -> Array:
+        shape = (*block.columns.shape, self.padded.shape[1])
+        out = self.buffer[: int(np.prod(shape))].reshape(shape)
+        # the indices are in range; "clip" is the mode in which numpy writes straight to the buffer
+        return self.padded.take(block.columns, axis=0, out=out, mode="clip")
 
 
 def _check(blocks: ObservedBlocks, factor: Array, start: Array | None) -> None:
@@ -129,14 +141,14 @@ def solve_rows_exact(blocks: ObservedBlocks, factor: Array, *, alpha: float = 0.
     """
     _check(blocks, factor, None)
     k = factor.shape[1]
-    padded = _with_zero_row(factor)
+    gather = _Gather(factor, blocks)
     out = np.zeros((blocks.shape[0], k), factor.dtype)
     squared = 0.0
     jitter = 10 * np.finfo(factor.dtype).eps
     diagonal = np.arange(k)
-    with _threads().limit(limits=1):  # a block's products are too small to gain from threads inside them
+    with _threads().limit(limits=1):
         for block in blocks.blocks:
-            a = padded[block.columns]
+            a = gather(block)
             gram = a.transpose(0, 2, 1) @ a
             trace = np.trace(gram, axis1=1, axis2=2)[:, None]
             gram[:, diagonal, diagonal] += alpha + jitter * trace + np.finfo(factor.dtype).tiny
@@ -199,16 +211,16 @@ def solve_rows_refined(
     if preconditioner not in ("shared", "row"):
         raise ValueError(f"'preconditioner' is {preconditioner!r}; allowed: 'shared', 'row'")
     n, k = factor.shape
-    basis, scale = _whitening(factor)
-    padded = _with_zero_row((factor @ basis) * scale)
-    ridge = (alpha * scale * scale).astype(factor.dtype)
-    unscale = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
-    y0 = None if start is None else (start @ basis) * unscale
     out = np.zeros((blocks.shape[0], k), factor.dtype)
     squared = 0.0
-    with _threads().limit(limits=1):  # a block's products are too small to gain from threads inside them
+    with _threads().limit(limits=1):
+        basis, scale = _whitening(factor)
+        gather = _Gather((factor @ basis) * scale, blocks)
+        ridge = (alpha * scale * scale).astype(factor.dtype)
+        unscale = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
+        y0 = None if start is None else (start @ basis) * unscale
         for block in blocks.blocks:
-            a = padded[block.columns]
+            a = gather(block)
             y = np.zeros((len(block.rows), k), factor.dtype) if y0 is None else y0[block.rows]
             inverse = None
             if preconditioner == "row":

@@ -75,7 +75,7 @@ class MatrixCompletion(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
     the incoherence bound (the paper sets large entries to zero); the ridge, 0 unless asked for.
 
     When not to use it: for implicit feedback (clicks, where a missing entry means something), for a mask that depends on the
-    values, or with about k or fewer entries in most rows. With n_components below about 30 ``solver="exact"`` is as fast.
+    values, or with about k or fewer entries in most rows. With n_components of about 10 or less ``solver="exact"`` is as fast.
 
     Example:
         >>> import numpy as np
