@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 from sklearn.exceptions import ConvergenceWarning
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from corollary.claims import Exact, Paired, Slope, Trial, claim
 from corollary.claims.timing import interleave
@@ -98,7 +99,8 @@ def _iteration_seconds(trial: Trial, sizes: list[tuple[int, int, int]], solver: 
         make = _Dense if solver == "dense" else ObservedBlocks
         observed.append(x.nnz)
         cases[f"{n}-{each}-{k}"] = partial(_turns, solver, make(x, k), make(x.T.tocsr(), k), u, v)
-    seconds = interleave(cases, rounds=trial.pick(smoke=1, laptop=3), min_seconds=trial.pick(smoke=0.0, laptop=0.03))
+    with threadpool_limits(1):  # growth is of work: threads would serve large sizes and burden small ones
+        seconds = interleave(cases, rounds=trial.pick(smoke=1, laptop=3), min_seconds=trial.pick(smoke=0.0, laptop=0.03))
     return observed, list(seconds.values())
 
 
