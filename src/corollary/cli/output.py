@@ -40,6 +40,8 @@ def control_text(row: dict[str, Any]) -> str:
         )
     if row["control_verdict"] is None:
         return "[dim]not run[/]"
+    if row["control_verdict"] == stats.INCONCLUSIVE:
+        return "[green]did not pass[/] [dim](inconclusive)[/]"
     return "[green]failed, as it must[/]"
 
 

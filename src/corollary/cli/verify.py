@@ -145,12 +145,13 @@ def _table(rows: Sequence[Row]) -> Table:
 
 
 def _footer(console: Console, rows: Sequence[Row], request: Request) -> None:
-    holds = sum(row["verdict"] in stats.HOLDS for row in rows)
-    defects = sum(row["defect"] for row in rows)
-    seconds = sum(row["wall_seconds"] for row in rows)
-    console.print(
-        f"{holds} of {len(rows)} claims hold at {request.options.scale} scale; {seconds:.0f} s in all.", highlight=False
-    )
+    seconds, defects = sum(row["wall_seconds"] for row in rows), sum(row["defect"] for row in rows)
+    if request.options.scale == "smoke":
+        said = f"{len(rows)} claims ran; smoke scale gives no verdict"
+    else:
+        holds = sum(row["verdict"] in stats.HOLDS and not row["defect"] for row in rows)
+        said = f"{holds} of {len(rows)} claims hold at {request.options.scale} scale"
+    console.print(f"{said}; {seconds:.0f} s in all.", highlight=False)
     if defects:
         console.print(f"[bold magenta]{defects} claim(s) have a control that passes or could not run: a defect of ours.[/]")
 

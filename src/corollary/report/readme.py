@@ -49,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         before = options.file.read_text(encoding="utf-8")
         after = put_between(before, table)
         if after != before and not options.check:
-            options.file.write_text(after, encoding="utf-8")
+            temporary = options.file.with_name(f".{options.file.name}.tmp")
+            temporary.write_text(after, encoding="utf-8")
+            temporary.replace(options.file)
     except (OSError, ValueError) as error:
         print(f"{options.file}: {error}", file=sys.stderr)  # noqa: T201 - a command speaks here
         return 2
