@@ -19,6 +19,7 @@ class Bench:
         ours: does the work once.
         peers: peer's name to a function that does the same work once.
         rounds: how many times each is timed, in turn.
+        warmup: untimed calls of each before that; 0 where a call takes many seconds.
         memory: whether to measure peak bytes too.
     """
 
@@ -27,12 +28,13 @@ class Bench:
     ours: Callable[[], Any]
     peers: Mapping[str, Callable[[], Any]]
     rounds: int = 9
+    warmup: int = 2
     memory: bool = True
 
 
 def measure(bench: Bench) -> list[dict[str, Any]]:
     """One row for each peer: medians in seconds, peak bytes, and both as ratios ours / peer."""
-    seconds = interleave({"ours": bench.ours, **bench.peers}, rounds=bench.rounds, warmup=2, min_seconds=0.01)
+    seconds = interleave({"ours": bench.ours, **bench.peers}, rounds=bench.rounds, warmup=bench.warmup, min_seconds=0.01)
     ours_bytes = peak_bytes(bench.ours) if bench.memory else None
     rows = []
     for peer, call in bench.peers.items():

@@ -53,6 +53,22 @@ def cases() -> list[Bench]:
                 rounds=3,
             ),
         ]
+    for n in (512, 1024, 2048, 4096):  # the sizes of the paper's comparison with matrix entropy
+        x = torch.randn(n, n, generator=torch.Generator().manual_seed(0))
+        found.append(
+            Bench(
+                "corollary.analysis.matrix_nuclear_norm",
+                f"against matrix entropy, n = {n}, float32",
+                lambda x=x: matrix_nuclear_norm(x),
+                {
+                    "matrix entropy by torch.svd, as the paper": lambda x=x: entropy_by(x, "svd"),
+                    "matrix entropy, ours": lambda x=x: matrix_entropy(x),
+                },
+                rounds=3 if n <= 1024 else 1,
+                warmup=1 if n <= 1024 else 0,
+                memory=False,
+            )
+        )
     x = torch.randn(512, 768, generator=torch.Generator().manual_seed(0))
     found.append(
         Bench(

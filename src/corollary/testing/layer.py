@@ -120,6 +120,7 @@ def empty_batch(case: Case) -> None:
     wanted = (0, *_leading(case)[0][1:], *case.tags["output"])
     assert tuple(out.shape) == wanted, f"empty batch: output is {tuple(out.shape)}, expected {wanted}"
     if leaves:
+        assert out.requires_grad, "empty batch: the output has no gradient, though inputs or parameters ask for one"
         out.sum().backward()
         for name, parameter in layer.named_parameters():
             assert parameter.grad is None or not parameter.grad.any(), f"empty batch: parameter '{name}' got a gradient"
