@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
@@ -11,15 +10,15 @@ from corollary.claims.runner import run_trial
 from corollary.claims.store import Row
 from corollary.claims.trial import Trial
 
-Call = tuple[int, tuple[str, str, str, Trial]]
+Call = tuple[int, tuple[str, str, str, Trial, int]]
 
 
 class BackendError(RuntimeError):
     """A backend cannot be used; the message says what to install or to start."""
 
 
-def _one(index: int, arguments: tuple[str, str, str, Trial], threads: int) -> tuple[int, Row]:
-    return index, run_trial(*arguments, threads=threads)
+def _one(index: int, arguments: tuple[str, str, str, Trial, int]) -> tuple[int, Row]:
+    return index, run_trial(*arguments)
 
 
 def _dask(jobs: int, cluster: str | None) -> AbstractContextManager[Any]:
@@ -60,7 +59,6 @@ def run_parallel(calls: Sequence[Call], jobs: int, backend: str, cluster: str | 
     """
     from joblib import Parallel, delayed, parallel_config
 
-    threads = max(1, (os.cpu_count() or 1) // jobs)
     with ExitStack() as stack:
         try:
             if backend == "dask":
@@ -72,7 +70,7 @@ def run_parallel(calls: Sequence[Call], jobs: int, backend: str, cluster: str | 
         with parallel_config(backend=backend, n_jobs=jobs):
             pool = Parallel(return_as="generator_unordered", pre_dispatch=jobs, batch_size=1)
             failed = False
-            tasks = (delayed(_one)(index, arguments, threads) for index, arguments in calls if not failed)
+            tasks = (delayed(_one)(index, arguments) for index, arguments in calls if not failed)
             for index, row in pool(tasks):
                 failed = failed or "error" in row
                 yield index, row

@@ -13,6 +13,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -62,6 +63,8 @@ class Options:
         seed: base seed, at least 0; every trial's seed is derived from it.
         controls: run each claim's control too.
         jobs: parallel trials; claims that measure time run one at a time all the same.
+        threads: threads of torch and of BLAS in each trial. With 1, trials do not wait for each other's threads on a busy
+            machine, and a time means the same on every machine.
         backend: ``loky``, ``dask`` or ``ray``, given to joblib.
         cluster: address of a running dask or ray cluster; a local one is started without it.
         device: as torch spells it; ``cuda`` where there is one at ``full`` scale, else ``cpu``, by default.
@@ -72,6 +75,7 @@ class Options:
     seed: int = 0
     controls: bool = True
     jobs: int = 1
+    threads: int = 1
     backend: str = "loky"
     cluster: str | None = None
     device: str | None = None
@@ -83,8 +87,9 @@ class Options:
             raise ValueError(f"backend is '{self.backend}'; allowed: {', '.join(BACKENDS)}")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; allowed: 0 or more")
-        if self.jobs < 1:
-            raise ValueError(f"jobs is {self.jobs}; allowed: 1 or more")
+        for name in ("jobs", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
         if self.pairs is not None and self.pairs < 2:
             raise ValueError(f"pairs is {self.pairs}; allowed: 2 or more (a verdict worth keeping takes 6)")
 
@@ -126,24 +131,35 @@ def _function(module: str, claim: str) -> ClaimFunction[Any]:
     return function
 
 
-def run_trial(module: str, claim: str, arm: str, trial: Trial, *, tuning: bool = False, threads: int | None = None) -> Row:
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        with threadpool_limits(number):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_trial(module: str, claim: str, arm: str, trial: Trial, threads: int, *, tuning: bool = False) -> Row:
     """Run one trial (or the tuning) of one claim, here or in a worker; an error comes back as a row, not as an exception.
 
     Returns:
         ``{"evidence" or "tuned": ..., "logged", "figures", "seconds"}`` or ``{"error": one line, "traceback": text}``.
     """
-    import torch
-
     begin = time.perf_counter()
-    if threads is not None:
-        torch.set_num_threads(threads)
     try:
-        function = _function(module, claim)
-        _seed_everything(trial.seed)
-        if tuning:
-            overrides = function.overrides if arm == "control" else {}
-            return {"tuned": _plain(function.tune(trial, **overrides))} if function.tune else _UNTUNED
-        evidence = function.control(trial) if arm == "control" else function(trial)
+        with _threads(threads):
+            function = _function(module, claim)
+            _seed_everything(trial.seed)
+            if tuning:
+                overrides = function.overrides if arm == "control" else {}
+                return {"tuned": _plain(function.tune(trial, **overrides))} if function.tune else _UNTUNED
+            evidence = function.control(trial) if arm == "control" else function(trial)
         if not isinstance(evidence, Evidence):
             raise EvidenceError(f"returned {type(evidence).__name__}; a claim returns Paired, Exact, Slope or Ratio")
         result: Row = {"evidence": evidence.to_dict(), "logged": _plain(trial.logged), "figures": _plain(trial.figures)}
@@ -195,6 +211,7 @@ class Runner:
             "scale": options.scale,
             "seed": options.seed,
             "device": self._device(),
+            "threads": options.threads,
             "source_hash": source_hash(paper, claim.id),
         }
         arms = {arm: self._run_arm(paper, claim, arm, key) for arm in (ARMS if options.controls else ARMS[:1])}
@@ -278,12 +295,13 @@ class Runner:
             return Trial(seed=seed, scale=key["scale"], device=key["device"], tuned=result.tuned)
 
         if wanted and _TUNING not in kept:
-            row = run_trial(paper.module, claim.id, arm, trial(_TUNING), tuning=True)
+            row = run_trial(paper.module, claim.id, arm, trial(_TUNING), self.options.threads, tuning=True)
             if row != _UNTUNED and not keep(_TUNING, row):
                 return result
         result.tuned = kept.get(_TUNING, {}).get("tuned", {})
 
-        calls = [(index, (paper.module, claim.id, arm, trial(index))) for index in wanted]
+        threads = self.options.threads
+        calls = [(index, (paper.module, claim.id, arm, trial(index), threads)) for index in wanted]
         for index, row in self._run_all(claim, calls):
             if keep(index, row):
                 self.progress.advance()
@@ -295,7 +313,7 @@ class Runner:
         return result
 
     def _run_all(
-        self, claim: ClaimRecord, calls: Sequence[tuple[int, tuple[str, str, str, Trial]]]
+        self, claim: ClaimRecord, calls: Sequence[tuple[int, tuple[str, str, str, Trial, int]]]
     ) -> Iterator[tuple[int, Row]]:
         if self.options.jobs == 1 or claim.kind in _SERIAL or len(calls) < 2:
             for index, arguments in calls:

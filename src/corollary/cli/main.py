@@ -28,11 +28,16 @@ StoreDir = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Base seed; any whole number from 0 up.", min=0)]
 Jobs = Annotated[int, typer.Option(help="Trials at once; claims that measure time run one at a time all the same.", min=1)]
+Threads = Annotated[int, typer.Option(help="Threads of torch and BLAS in each trial.", min=1)]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the report.")]
 
 
+# The tour uses the machine; more than 4 processes would spend the time on starting.
+_CORES = min(4, os.cpu_count() or 1)
+
+
 @app.command()
-def tour(out: Out = Path("report"), seed: Seed = 0, jobs: Jobs = 1, store: StoreDir = None, json: Json = None) -> None:
+def tour(out: Out = Path("report"), seed: Seed = 0, jobs: Jobs = _CORES, store: StoreDir = None, json: Json = None) -> None:
     """Verify a flagship claim of each paper on real data, then write the report."""
     from corollary.claims.record import catalogue
     from corollary.claims.runner import Options
@@ -79,6 +84,7 @@ def verify(
     seed: Seed = 0,
     controls: Annotated[bool, typer.Option("--controls", help="Run each claim's control too: it must fail.")] = False,
     jobs: Jobs = 1,
+    threads: Threads = 1,
     backend: Annotated[str, typer.Option(help="loky, dask or ray; given to joblib.")] = "loky",
     cluster: Annotated[str | None, typer.Option(metavar="ADDRESS", help="A running dask or ray cluster.")] = None,
     device: Annotated[
@@ -97,7 +103,7 @@ def verify(
 
     try:
         options = Options(
-            scale=scale, pairs=pairs, seed=seed, controls=controls or publish, jobs=jobs, backend=backend, cluster=cluster,
+            scale=scale, pairs=pairs, seed=seed, controls=controls or publish, jobs=jobs, threads=threads, backend=backend, cluster=cluster,
             device=device,
         )  # fmt: skip
     except ValueError as error:

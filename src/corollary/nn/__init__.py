@@ -1,6 +1,6 @@
 """Layers, heads and equivariant operations as ``nn.Module``."""
 
 from corollary.nn.gaunt import GauntConvolution, GauntManyBody, GauntTensorProduct
-from corollary.nn.grassmann import GrassmannLinear
+from corollary.nn.gcr import GrassmannLinear
 
 __all__ = ["GauntTensorProduct", "GauntConvolution", "GauntManyBody", "GrassmannLinear"]
