@@ -208,6 +208,23 @@ def test_a_parameter_first_seen_between_refreshes_waits_for_the_next() -> None:
     assert late not in optimizer.state or optimizer.state[late]["step"] == 1
 
 
+def test_probes_and_refreshes_go_on_where_only_a_late_parameter_trains() -> None:
+    torch.manual_seed(0)
+    old, young = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(8))
+    mixing = torch.randn(8, 8)
+    optimizer = AdaHessian([old, young], hessian_interval=2, seed=0)
+    seen, due = [], []
+    for t in range(9):
+        due.append(optimizer.hessian_due)
+        optimizer.zero_grad()
+        optimizer.backward((old**2).sum() if t < 3 else ((mixing @ young) ** 2).sum())
+        if young in optimizer._curvature:
+            seen.append(optimizer._curvature[young].tolist())
+        optimizer.step()
+    assert due == [t % 2 == 0 for t in range(9)]
+    assert len({tuple(s) for s in seen}) == len(seen) == 3
+
+
 def test_half_precision_keeps_float32_state_through_a_checkpoint() -> None:
     param = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     optimizer = AdaHessian([param], seed=0)

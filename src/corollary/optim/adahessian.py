@@ -120,6 +120,7 @@ class AdaHessian(Optimizer):
             "hessian_interval": hessian_interval,
             "seed": int(torch.randint(2**31, ())) if seed is None else seed,
             "foreach": foreach,
+            "iteration": 0,  # steps taken, kept here to be saved; the probes and the refreshes count by it
         }
         self._curvature: dict[Tensor, Tensor] = {}
         super().__init__(params, defaults)
@@ -157,7 +158,7 @@ class AdaHessian(Optimizer):
     @property
     def hessian_due(self) -> bool:
         """Whether the next `step` refreshes the Hessian, so that its gradients need ``create_graph=True``."""
-        return self._steps() % int(self.param_groups[0]["hessian_interval"]) == 0
+        return int(self.param_groups[0]["iteration"]) % int(self.param_groups[0]["hessian_interval"]) == 0
 
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradients to ``.grad`` and, on a step that refreshes the Hessian, gather its curvature.
@@ -205,14 +206,13 @@ class AdaHessian(Optimizer):
                 param.grad = param.grad.detach()  # a gradient with a graph holds its parameter, which holds it: a leak
         for group in self.param_groups:
             self._update(group, due)
+            if params:
+                group["iteration"] += 1
         self._curvature.clear()
         return loss
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
-
-    def _steps(self) -> int:
-        return max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
 
     def _gather_curvature(self, used: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Add this graph's mean of z ⊙ H z to what earlier losses of the same step gave."""
@@ -223,10 +223,10 @@ class AdaHessian(Optimizer):
             return
         params, gradients = zip(*used, strict=True)
         everyone = [p for p in self._params() if p.requires_grad]
-        n_samples, seed, steps = self.param_groups[0]["n_samples"], self.param_groups[0]["seed"], self._steps()
+        n_samples, seed, iteration = (self.param_groups[0][key] for key in ("n_samples", "seed", "iteration"))
         for sample in range(n_samples):
             # One draw for all parameters, used or not: every loss of a step meets the same probe, and so their products add.
-            drawn = rademacher_like(everyone, seed=(seed << 32) + (steps << 8) + sample)
+            drawn = rademacher_like(everyone, seed=(seed << 32) + (iteration << 8) + sample)
             probe = dict(zip(everyone, drawn, strict=True))
             z = [probe[p] for p in params]
             with torch.enable_grad():
@@ -240,7 +240,7 @@ class AdaHessian(Optimizer):
                     self._curvature[param] = diagonal if earlier is None else earlier.add_(diagonal)
 
     def _update(self, group: dict[str, Any], due: bool) -> None:
-        params = []
+        members: list[tuple[Tensor, dict[str, Any]]] = []
         for param in group["params"]:
             if param.grad is None:
                 continue
@@ -254,32 +254,34 @@ class AdaHessian(Optimizer):
                 state["hessian_step"] = torch.zeros(())
                 state["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
                 state["exp_hessian_diag_sq"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-            params.append(param)
+            members.append((param, state))
         if group["foreach"] is False:
-            batches = [[p] for p in params]
+            batches = [[member] for member in members]
         else:
-            kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-            for param in params:
-                kinds.setdefault((param.device, param.dtype), []).append(param)
+            kinds: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, dict[str, Any]]]] = {}
+            for param, state in members:
+                kinds.setdefault((param.device, param.dtype), []).append((param, state))
             batches = list(kinds.values())
         for batch in batches:
-            self._update_batch(group, batch, due)
+            params, states = zip(*batch, strict=True)
+            self._update_batch(group, params, states, due)
 
-    def _update_batch(self, group: dict[str, Any], params: list[Tensor], due: bool) -> None:
+    def _update_batch(
+        self, group: dict[str, Any], params: Sequence[Tensor], states: Sequence[dict[str, Any]], due: bool
+    ) -> None:
         beta1, beta2 = group["betas"]
         power, lr = group["hessian_power"], float(group["lr"])
-        states = [self.state[p] for p in params]
         means = [s["exp_avg"] for s in states]
         squares = [s["exp_hessian_diag_sq"] for s in states]
         gradients = [p.grad.to(m.dtype) for p, m in zip(params, means, strict=True) if p.grad is not None]
 
         torch._foreach_add_([s["step"] for s in states], 1)
         torch._foreach_lerp_(means, gradients, 1 - beta1)
-        fresh = [i for i, p in enumerate(params) if due and p in self._curvature]
+        fresh = [(p, s) for p, s in zip(params, states, strict=True) if due and p in self._curvature]
         if fresh:
-            diagonals = [_average(self._curvature[params[i]].to(squares[i].dtype), group) for i in fresh]
-            torch._foreach_add_([states[i]["hessian_step"] for i in fresh], 1)
-            moved = [squares[i] for i in fresh]
+            moved = [s["exp_hessian_diag_sq"] for _, s in fresh]
+            diagonals = [_average(self._curvature[p].to(v.dtype), group) for (p, _), v in zip(fresh, moved, strict=True)]
+            torch._foreach_add_([s["hessian_step"] for _, s in fresh], 1)
             torch._foreach_mul_(moved, beta2)
             torch._foreach_addcmul_(moved, diagonals, diagonals, 1 - beta2)
 
@@ -295,7 +297,7 @@ class AdaHessian(Optimizer):
             torch._foreach_mul_(wide, 1 - lr * group["weight_decay"])
         torch._foreach_addcdiv_(wide, means, denominators, [-lr / (1 - beta1 ** float(s["step"])) for s in states])
         if wide[0] is not params[0]:
-            torch._foreach_copy_(params, wide)
+            torch._foreach_copy_(list(params), wide)
 
 
 def _average(diagonal: Tensor, group: Mapping[str, Any]) -> Tensor:
