@@ -273,7 +273,10 @@ class AdaHessian(Optimizer):
         power, lr = group["hessian_power"], float(group["lr"])
         means = [s["exp_avg"] for s in states]
         squares = [s["exp_hessian_diag_sq"] for s in states]
-        gradients = [p.grad.to(m.dtype) for p, m in zip(params, means, strict=True) if p.grad is not None]
+        half = params[0].dtype != means[0].dtype  # a batch has one dtype
+        gradients = [p.grad for p in params if p.grad is not None]
+        if half:
+            gradients = [g.to(m.dtype) for g, m in zip(gradients, means, strict=True)]
 
         torch._foreach_add_([s["step"] for s in states], 1)
         torch._foreach_lerp_(means, gradients, 1 - beta1)
@@ -292,11 +295,11 @@ class AdaHessian(Optimizer):
             torch._foreach_pow_(denominators, power / 2)
         torch._foreach_add_(denominators, group["eps"])
 
-        wide = [p.to(m.dtype) for p, m in zip(params, means, strict=True)]  # the parameters themselves, unless half precision
+        wide = [p.to(m.dtype) for p, m in zip(params, means, strict=True)] if half else list(params)
         if group["weight_decay"]:
             torch._foreach_mul_(wide, 1 - lr * group["weight_decay"])
         torch._foreach_addcdiv_(wide, means, denominators, [-lr / (1 - beta1 ** float(s["step"])) for s in states])
-        if wide[0] is not params[0]:
+        if half:
             torch._foreach_copy_(list(params), wide)
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from corollary.claims import Paired, Ratio, Slope, Trial, claim
-from corollary.claims.timing import interleave
+from corollary.claims.timing import interleave, keep_freed_memory
 from corollary.data import TokenStream, digits, stdlib_text
 from corollary.linalg import HessianOperator, hutchinson_diagonal, rademacher_like
 from corollary.models import GPT, MLP, ResNet
@@ -313,6 +313,7 @@ def _several(steps: int, step: Callable[[], None]) -> Callable[[], None]:
 
 def _cost(trial: Trial, steps: int, options: dict[str, Any]) -> Ratio:
     """Time of ``steps`` steps against as many of SGD."""
+    keep_freed_memory()
     seconds = interleave(
         {
             "ours": _several(steps, _llama_step(lambda p: AdaHessian(p, lr=1e-3, **options), trial.seed)),
@@ -340,6 +341,8 @@ def delayed_step_cost(trial: Trial, n_samples: int = 1) -> Ratio:
 def faster_than_peer(trial: Trial, method: type[AdaHessian] = AdaHessian) -> Ratio:
     """Mean time of a step with the Hessian refreshed every fifth step, backward included, against pytorch_optimizer's."""
     import pytorch_optimizer
+
+    keep_freed_memory()
 
     def ours(params: Iterable[Tensor]) -> Optimizer:
         return method(params, lr=1e-3, hessian_interval=5)
