@@ -133,14 +133,14 @@ def run_verify(request: Request) -> int:
 
 
 def _table(rows: Sequence[Row]) -> Table:
-    table = Table(title="Verdicts", title_justify="left", header_style="bold", title_style="bold")
-    table.add_column("paper", style="cyan", no_wrap=True)
-    table.add_column("claim", overflow="fold", ratio=3)
-    table.add_column("verdict", overflow="fold", ratio=2)
-    table.add_column("effect [95% interval]", overflow="fold", ratio=2)
-    table.add_column("control", overflow="fold", ratio=2)
+    table = Table(title="Verdicts", title_justify="left", header_style="bold", title_style="bold", show_lines=len(rows) > 1)
+    table.add_column("paper and claim", overflow="fold")
+    table.add_column("verdict", overflow="fold")
+    table.add_column("effect [95% interval]", overflow="fold")
+    table.add_column("control", overflow="fold")
     for row in rows:
-        table.add_row(row["slug"], escape(row["statement"]), verdict_text(row["verdict"]), effect_text(row), control_text(row))
+        claim = f"[cyan]{row['slug']}[/]\n{row['claim']}"
+        table.add_row(claim, verdict_text(row["verdict"]), effect_text(row), control_text(row))
     return table
 
 
