@@ -43,15 +43,19 @@ def main(words: list[str]) -> int:
 
 def _print(console: Console, rows: list[dict[str, Any]]) -> None:
     table = Table(title="ours / peer: below 1 is faster or smaller", title_justify="left", header_style="bold")
-    for column in ("component", "setting", "peer", "ours ms", "peer ms", "time ratio", "memory ratio"):
-        table.add_column(column, overflow="fold", justify="right" if "ratio" in column or column.endswith("ms") else "left")
+    table.add_column("component, setting, peer", overflow="fold")
+    for column in ("ours ms", "peer ms", "time", "memory"):
+        table.add_column(column, justify="right", no_wrap=True)
+    last = ""
     for row in rows:
+        what = f"[cyan]{row['component'].removeprefix('corollary.')}[/] {row['setting']}"
+        if what != last:
+            table.add_row(what, "", "", "", "")
+            last = what
         memory = f"{row['memory_ratio']:.2f}" if row["memory_ratio"] is not None else "–"
         colour = "green" if row["time_ratio"] <= 1 else "yellow"
-        table.add_row(
-            row["component"].removeprefix("corollary."), row["setting"], row["peer"], f"{1e3 * row['seconds']:.3g}",
-            f"{1e3 * row['peer_seconds']:.3g}", f"[{colour}]{row['time_ratio']:.2f}[/]", memory,
-        )  # fmt: skip
+        times = [f"{1e3 * row[key]:.3g}" for key in ("seconds", "peer_seconds")]
+        table.add_row(f"  {row['peer']}", *times, f"[{colour}]{row['time_ratio']:.2f}[/]", memory)
     console.print(table)
 
 

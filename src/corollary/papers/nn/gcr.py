@@ -155,7 +155,9 @@ def variability_grows(trial: Trial, head: type[GrassmannLinear] = GrassmannLinea
             model = train(trial, split, partial(head, dim=dim), RATES["variability"], steps=600)
             angle += intra_class_angle(features(model, split.test_x, trial.device), split.test_y) / 2
         angles.append(angle)
-    trial.figure("intra-class angle", x=PLANES, y={head.__name__: angles}, xlabel="subspace dimension", ylabel="degrees", log="x")
+    trial.figure(
+        "intra-class angle", x=PLANES, y={head.__name__: angles}, xlabel="subspace dimension", ylabel="degrees", log="x"
+    )
     return Slope(x=PLANES, y=angles)
 
 
