@@ -33,11 +33,25 @@ def _hash(tmp_path: Path, code: str = CODE, record: str = RECORD) -> str:
     return source.source_hash(_paper(tmp_path, code, record), "better")
 
 
-def test_code_lines_drops_docstrings_comments_and_blanks() -> None:
-    text = '"""Doc\nstring."""\n\n# comment\nx = "# kept"  # kept too\n\ndef f():\n    """Doc."""\n    # gone\n    return """not\n\n    doc"""\n'
-    assert source.code_lines(text, ast.parse(text)) == [
-        'x = "# kept"  # kept too', "def f():", '    return """not', '    doc"""',
-    ]  # fmt: skip
+def _structure(text: str) -> object:
+    return source.structure(ast.parse(text))
+
+
+def test_structure_is_blind_to_comments_docstrings_and_layout() -> None:
+    plain = 'def f(a, b):\n    return f"{a}#{b}"\n\nclass C:\n    x = [1, 2]\n'
+    other = (
+        '"""Module."""\n# comment\ndef f(\n    a,\n    b,\n):\n    """Doc."""\n    return (f"{a}#{b}")\n'
+        'class C:\n    """Doc."""\n\n    x = [\n        1,  # one\n        2,\n    ]\n'
+    )
+    assert _structure(plain) == _structure(other)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("a + b", "a - b"), ("a + b", "b + a"), ("1", "1.0"), ("1", "True"), ("'x'", "b'x'"), ("f(", "g(")]
+)
+def test_structure_sees_every_change_of_meaning(old: str, new: str) -> None:
+    text = "def f(a, b=1):\n    return a + b, 'x'\n"
+    assert _structure(text) != _structure(text.replace(old, new, 1))
 
 
 def test_words_do_not_count_but_code_does(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 The source of a paper is its module and everything of this package that the module's imports reach, followed name by name
 through ``__init__`` files so that a neighbour's change does not count. The engine and the conformance checks are left out;
-``STATISTICS_VERSION`` stands for the rules of judging. Comments, docstrings and blank lines are not hashed.
+``STATISTICS_VERSION`` stands for the rules of judging. What is hashed is the syntax tree without docstrings, so that
+comments and layout do not count.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from corollary.claims.record import Paper
 from corollary.claims.stats import STATISTICS_VERSION
@@ -33,28 +35,37 @@ def _file(module: str) -> Path | None:
 
 
 @cache
-def _tree(path: Path) -> tuple[str, ast.Module]:
-    text = path.read_text(encoding="utf-8")
-    return text, ast.parse(text)
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def code_lines(text: str, tree: ast.Module) -> list[str]:
-    """The lines that hold code: without docstrings, comment lines and blank lines."""
-    skip: set[int] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
-            first = node.body[0]
+def structure(node: ast.AST) -> Any:
+    """A syntax tree as nested tuples, without positions, docstrings and empty fields.
+
+    So comments and layout do not count, and neither does the Python that parsed it: versions differ in empty fields alone.
+    """
+    fields = []
+    for name, value in ast.iter_fields(node):
+        if name == "body" and isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = value[0] if value else None
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
-                skip.update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
-    lines = (line.rstrip() for number, line in enumerate(text.splitlines(), 1) if number not in skip)
-    return [line for line in lines if line and not line.lstrip().startswith("#")]
+                value = value[1:]
+        if isinstance(value, ast.AST):
+            value = structure(value)
+        elif isinstance(value, list):
+            value = tuple(structure(item) if isinstance(item, ast.AST) else repr(item) for item in value)
+        elif value is not None:
+            value = repr(value)
+        if value not in (None, ()):
+            fields.append((name, value))
+    return (type(node).__name__, *fields)
 
 
 def _imports(module: str, path: Path) -> list[tuple[str, tuple[str, ...]]]:
     """(module, names) of each import of this package; no names means the whole module."""
     found: list[tuple[str, tuple[str, ...]]] = []
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(_tree(path)[1]):
+    for node in ast.walk(_tree(path)):
         if isinstance(node, ast.Import):
             found += [(alias.name, ()) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -104,7 +115,7 @@ def _code_hash(paper: Paper) -> str:
     digest = hashlib.sha256()
     for path in sources(paper):
         digest.update(path.name.encode())
-        digest.update("\n".join(code_lines(*_tree(path))).encode())
+        digest.update(repr(structure(_tree(path))).encode())
     return digest.hexdigest()
 
 
