@@ -19,7 +19,8 @@ X = 1
 
 
 def _paper(tmp_path: Path, code: str = CODE, record: str = RECORD) -> Paper:
-    source._tree.cache_clear()
+    for cached in (source._tree, source._code, source._imports):
+        cached.cache_clear()
     source._code_hash.cache_clear()
     source.sources.cache_clear()
     folder = tmp_path / "mine" / "toy"

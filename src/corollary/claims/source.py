@@ -61,6 +61,12 @@ def structure(node: ast.AST) -> Any:
     return (type(node).__name__, *fields)
 
 
+@cache
+def _code(path: Path) -> bytes:
+    return repr(structure(_tree(path))).encode()
+
+
+@cache
 def _imports(module: str, path: Path) -> list[tuple[str, tuple[str, ...]]]:
     """(module, names) of each import of this package; no names means the whole module."""
     found: list[tuple[str, tuple[str, ...]]] = []
@@ -115,7 +121,7 @@ def _code_hash(paper: Paper) -> str:
     digest = hashlib.sha256()
     for path in sources(paper):
         digest.update(path.name.encode())
-        digest.update(repr(structure(_tree(path))).encode())
+        digest.update(_code(path))
     return digest.hexdigest()
 
 
