@@ -164,7 +164,7 @@ def scoreboard_page(board: Board) -> Html:
     latest = max(times, default="")
     intro = h(
         "p",
-        "Each claim was written down before it was measured, with its margin, its tuned baseline and "
+        "Each claim was written down before its published run, with its margin, its tuned baseline and "
         "a control that must fail. "
         "A verdict speaks of this scale alone. ",
         h("a", "How verdicts are reached", href="statistics.html"),
