@@ -2,6 +2,7 @@
 
 from corollary.optim.adahessian import AdaHessian
 from corollary.optim.joint import JointOptimizer, split_parameters
+from corollary.optim.multiplier_lr import MultiplierLR
 from corollary.optim.rsgd import RiemannianSGD
 
-__all__ = ["AdaHessian", "RiemannianSGD", "JointOptimizer", "split_parameters"]
+__all__ = ["AdaHessian", "RiemannianSGD", "JointOptimizer", "MultiplierLR", "split_parameters"]
