@@ -324,6 +324,151 @@ def test_every_check_has_an_optimizer_that_it_catches() -> None:
     assert {name for name, *_ in BROKEN} == set(CHECKS)
 
 
+# ------------------------------------------------------------------------------- methods that evaluate the loss themselves
+
+
+class TwoEvaluations(Optimizer):
+    """Gradient descent with half the gradient from a look-ahead point, over one group: it cannot do without its closure."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        if lr < 0:
+            raise ValueError(f"'lr' must be at least 0, not {lr}")
+        super().__init__(params, {"lr": lr})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self.param_groups:
+            raise ValueError("only one parameter group is allowed")
+        if any(p.is_complex() for p in param_group["params"]):
+            raise TypeError("complex parameters are not supported")
+        super().add_param_group(param_group)
+
+    def need(self, closure: Callable[[], Tensor] | None) -> None:
+        if closure is None:
+            raise ValueError("'closure' is needed: it gives the loss")
+
+    def members(self) -> list[Tensor]:
+        return [p for p in self.param_groups[0]["params"] if p.requires_grad]
+
+    def evaluate(self, closure: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
+        with torch.enable_grad():
+            loss = closure()
+        gradients = torch.autograd.grad(loss, self.members(), materialize_grads=True)
+        if any(g.is_sparse for g in gradients):
+            raise RuntimeError("sparse gradients are not supported")
+        if not all(g.isfinite().all() for g in gradients):
+            raise RuntimeError("a gradient is not finite")
+        return loss.detach(), list(gradients)
+
+    def give(self, loss: Tensor) -> Any:
+        return loss
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Any:  # type: ignore[override]
+        self.need(closure)
+        if closure is None:
+            return None
+        params, lr = self.members(), self.param_groups[0]["lr"]
+        loss, first = self.evaluate(closure)
+        torch._foreach_add_(params, first, alpha=-lr)
+        _, second = self.evaluate(closure)
+        torch._foreach_add_(params, first, alpha=lr / 2)
+        torch._foreach_add_(params, second, alpha=-lr / 2)
+        return self.give(loss)
+
+
+def two_evaluations_oracle(problem: Problem, steps: int, lr: float = 0.1) -> list[list[np.ndarray]]:
+    params, path = list(problem.start), []
+    for _ in range(steps):
+        first = problem.gradient(params)
+        second = problem.gradient([p - lr * g for p, g in zip(params, first, strict=True)])
+        params = [p - lr / 2 * (g + h) for p, g, h in zip(params, first, second, strict=True)]
+        path.append(params)
+    return path
+
+
+def with_closure(optimizer: Optimizer, params: Any, loss: Callable[[Any], Tensor]) -> Any:
+    return optimizer.step(lambda: loss(params))  # type: ignore[arg-type, return-value]
+
+
+CLOSURE_TAGS = {
+    "oracle": two_evaluations_oracle,
+    "step": with_closure,
+    "groups": "refused",
+    "foreach": False,
+    "nan": "raises",
+    "options": ({}, {"lr": 0.2}),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in CHECKS if name != "fsdp2"])
+def test_a_sound_method_that_needs_its_closure_passes(name: str) -> None:
+    CHECKS[name](Case(TwoEvaluations, CLOSURE_TAGS))
+
+
+class StepsWithoutClosure(TwoEvaluations):
+    def need(self, closure: Callable[[], Tensor] | None) -> None:
+        pass
+
+
+class MumblesWithoutClosure(TwoEvaluations):
+    def need(self, closure: Callable[[], Tensor] | None) -> None:
+        if closure is None:
+            raise ValueError("bad call")
+
+
+class EvaluatesWithoutGradients(TwoEvaluations):
+    def evaluate(self, closure: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
+        loss = closure()
+        return loss, [torch.zeros_like(p) for p in self.members()]
+
+
+class GivesAnotherLoss(TwoEvaluations):
+    def give(self, loss: Tensor) -> Any:
+        return loss + 1
+
+
+class GivesNoLoss(TwoEvaluations):
+    def give(self, loss: Tensor) -> Any:
+        return torch.zeros(())
+
+
+class TakesGroups(TwoEvaluations):
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        Optimizer.add_param_group(self, param_group)
+
+
+class KeepsRefusedGroup(TwoEvaluations):
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        Optimizer.add_param_group(self, param_group)
+        if len(self.param_groups) > 1:
+            raise ValueError("only one parameter group is allowed")
+
+
+class MovesBeforeRefusing(TwoEvaluations):
+    def evaluate(self, closure: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
+        torch._foreach_mul_(self.members(), 0.9)
+        return super().evaluate(closure)
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "words"),
+    [
+        ("closure", StepsWithoutClosure, "nothing was raised"),
+        ("closure", MumblesWithoutClosure, "does not name it"),
+        ("closure", EvaluatesWithoutGradients, "gradients disabled"),
+        ("closure", GivesAnotherLoss, "another loss"),
+        ("closure", GivesNoLoss, "another loss"),
+        ("param_groups", TakesGroups, "nothing was raised"),
+        ("param_groups", KeepsRefusedGroup, "stays among"),
+        ("nan_gradient", MovesBeforeRefusing, "moved parameters"),
+        ("trajectory", MovesBeforeRefusing, "off the oracle"),
+    ],
+)
+def test_a_broken_method_that_needs_its_closure_is_caught(name: str, make: Any, words: str) -> None:
+    with pytest.raises(AssertionError, match=words):
+        CHECKS[name](Case(make, CLOSURE_TAGS))
+
+
 def test_sparse_that_works_must_leave_other_rows() -> None:
     CHECKS["sparse"](Case(TakesSparse, {**TAGS, "sparse": "works"}))
 

@@ -11,12 +11,15 @@ options       option sets that ``make`` and ``oracle`` both get on the trajector
 problem       function giving the `Problem` to optimize (`separable`)
 parameter     turns a tensor into a parameter (``torch.nn.Parameter``); a manifold's parameter class goes here
 backward      ``backward(optimizer, loss)`` makes the gradients (``loss.backward()``)
+step          ``step(optimizer, params, loss)`` takes one step on the function ``loss(params)`` and gives the loss before it, for
+              a method that evaluates the loss itself and whose ``step`` needs a closure (``backward``, then ``step()``)
 tolerance     largest difference from the oracle, relative to max(1, |value|) (1e-9)
 foreach       whether there is a ``foreach`` option (True)
 dtypes        what is trained (float32, float64, bfloat16)
 half_state    state of half-precision parameters: 'param' for the parameter's dtype, or 'float32' ('param')
 nan           what a NaN gradient does: 'propagates' (its parameter shows it, the others stay finite), 'raises' or 'skips'
               (nothing moves) ('propagates')
+groups        several parameter groups: 'works' or 'refused' ('works')
 empty         parameters without entries: 'works' or 'refused' ('works')
 sparse        sparse gradients: 'works' or 'refused' ('refused')
 complex       complex parameters: 'works' or 'refused' ('refused')
@@ -36,6 +39,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -152,22 +156,26 @@ def _backward(case: Case, optimizer: Optimizer, loss: Tensor) -> None:
         backward(optimizer, loss)
 
 
+def _advance(case: Case, optimizer: Optimizer, params: Sequence[Tensor], loss: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
+    """One step as the method takes it: backward and ``step()``, or the case's own ``step`` with a closure. Gives the loss."""
+    optimizer.zero_grad()
+    if "step" in case.tags:
+        return torch.as_tensor(case.tags["step"](optimizer, params, loss))
+    value = loss(params)
+    _backward(case, optimizer, value)
+    optimizer.step()
+    return value
+
+
 def _run(
     case: Case,
     optimizer: Optimizer,
     params: Sequence[Tensor],
     steps: int,
     loss: Callable[[Problem, Sequence[Tensor]], Tensor] = _coupled,
-    step: Callable[[], Any] | None = None,
 ) -> list[float]:
-    problem, losses = _problem(case), []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        value = loss(problem, params)
-        _backward(case, optimizer, value)
-        (step or optimizer.step)()
-        losses.append(float(value.detach()))
-    return losses
+    problem = _problem(case)
+    return [float(_advance(case, optimizer, params, partial(loss, problem)).detach()) for _ in range(steps)]
 
 
 def _plain(problem: Problem, params: Sequence[Tensor]) -> Tensor:
@@ -289,6 +297,9 @@ def param_groups(case: Case, steps: int = 4) -> None:
     """Each group keeps its own learning rate, one added mid-run joins in, and a scheduler's rate is obeyed."""
     problem = _problem(case)
     lr = float(case.make(_params(case)).param_groups[0]["lr"])
+    if _tag(case, "groups", "works", ("works", "refused")) == "refused":
+        _one_group(case)
+        return
     if problem.separable:
         params = _params(case)
         optimizer = case.make([{"params": params[:1], "lr": lr / 2}, {"params": params[1:]}])
@@ -304,6 +315,22 @@ def param_groups(case: Case, steps: int = 4) -> None:
     _run(case, optimizer, params, steps)
     assert _same(params[:1], begin[:1]), "a group with lr=0 moved"
     assert not any(torch.equal(p, b) for p, b in zip(params[1:], begin[1:], strict=True)), "an added group does not move"
+    _obeys_scheduler(case, optimizer, params)
+
+
+def _one_group(case: Case) -> None:
+    """A second group is refused by name, at the start and mid-run, and the scheduler's rate is obeyed all the same."""
+    params = _params(case)
+    with _refusing("a second parameter group", "group"):
+        case.make([{"params": params[:1]}, {"params": params[1:]}])
+    optimizer = case.make(params)
+    with _refusing("a parameter group added mid-run", "group"):
+        optimizer.add_param_group({"params": _params(case)})
+    assert len(optimizer.param_groups) == 1, "a refused group stays among the optimizer's groups"
+    _obeys_scheduler(case, optimizer, params)
+
+
+def _obeys_scheduler(case: Case, optimizer: Optimizer, params: list[Tensor]) -> None:
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: float(epoch == 0))
     _run(case, optimizer, params, 1)
     scheduler.step()
@@ -315,6 +342,9 @@ def param_groups(case: Case, steps: int = 4) -> None:
 def closure(case: Case, steps: int = 3) -> None:
     """``step(closure)`` runs the closure with gradients enabled, gives back its loss, and steps as the plain form does."""
     problem = _problem(case)
+    if "step" in case.tags:
+        _needs_closure(case)
+        return
     ends = []
     for form in ("plain", "closure"):
         torch.manual_seed(0)
@@ -345,6 +375,29 @@ def closure(case: Case, steps: int = 3) -> None:
     assert gap <= 1e-12, f"step(closure) differs from backward and step by {gap:.2e}"
 
 
+def _needs_closure(case: Case) -> None:
+    """Without its closure a step is refused by name; with it, gradients are enabled and the loss before the step comes back."""
+    params = _params(case)
+    begin = _copies(params)
+    optimizer = case.make(params)
+    with _refusing("step() without its closure", "closure"):
+        optimizer.step()
+    assert _same(params, begin), "a refused step() without closure moved parameters"
+    seen = []
+
+    def evaluate(given: Sequence[Tensor]) -> Tensor:
+        assert torch.is_grad_enabled(), "step(closure) calls the closure with gradients disabled"
+        value = _coupled(_problem(case), given)
+        seen.append(value.detach())
+        return value
+
+    with torch.no_grad():
+        value = case.tags["step"](optimizer, params, evaluate)
+    assert seen, "step(closure) never calls the closure"
+    assert value is not None, "step(closure) does not give back the closure's loss"
+    assert torch.equal(torch.as_tensor(value).detach(), seen[0]), "step(closure) gives back another loss than the closure did"
+
+
 def none_gradients(case: Case) -> None:
     """Without any gradient a step does nothing; a frozen or unused parameter never moves and gets no state."""
     parameter = case.tags.get("parameter", nn.Parameter)
@@ -352,7 +405,8 @@ def none_gradients(case: Case) -> None:
     frozen.requires_grad_(False)
     begin = _copies([*params, unused, frozen])
     optimizer = case.make([*params, unused, frozen])
-    optimizer.step()
+    if "step" not in case.tags:  # a closure always has a gradient
+        optimizer.step()
     assert _same([*params, unused, frozen], begin), "a step without any gradient moved parameters"
     _run(case, optimizer, params, 3)
     assert _same([unused, frozen], begin[-2:]), "a parameter without gradient moved"
@@ -367,19 +421,21 @@ def empty(case: Case) -> None:
         with _refusing("a parameter without entries", "empty", "shape", "entries", "size"):
             hollow = nn.Parameter(torch.zeros(0, 3, dtype=torch.float64))
             params = [*_params(case), hollow]
-            optimizer = case.make(params)
-            _backward(case, optimizer, _plain(_problem(case), params[:-1]) + hollow.sum())
-            optimizer.step()
+            _advance(case, case.make(params), params, lambda given: _plain(_problem(case), given[:-1]) + given[-1].sum())
         return
     ends = []
     for hollows in ([], [nn.Parameter(torch.zeros(0, 3, dtype=torch.float64))]):
         torch.manual_seed(0)
         params = _params(case)
         optimizer = case.make([*params, *hollows])
+        count = len(params)
         for _ in range(3):
-            optimizer.zero_grad()
-            _backward(case, optimizer, _problem(case).loss(params) + sum(h.sum() for h in hollows))
-            optimizer.step()
+            _advance(
+                case,
+                optimizer,
+                [*params, *hollows],
+                lambda given, count=count: _problem(case).loss(given[:count]) + sum(h.sum() for h in given[count:]),  # type: ignore[misc]
+            )
         ends.append(params)
     assert _difference(_copies(ends[1]), _copies(ends[0])) <= 1e-12, "a parameter without entries changes the others' steps"
 
@@ -422,17 +478,34 @@ def nan_gradient(case: Case) -> None:
     params = _params(case)
     optimizer = case.make(params)
     _run(case, optimizer, params, 1)
-    optimizer.zero_grad()
-    _backward(case, optimizer, _problem(case).loss(params))
-    for p in params[:1]:
-        assert p.grad is not None, "the first parameter got no gradient"
-        p.grad.view(-1)[0] = float("nan")
     begin = _copies(params)
+
+    def step() -> None:
+        if "step" in case.tags:  # the gradient is made within the step; the loss stays finite
+
+            def loss(given: Sequence[Tensor]) -> Tensor:
+                first = given[0].clone()
+                if first.requires_grad:
+                    first.register_hook(  # type: ignore[no-untyped-call]
+                        lambda g: torch.where(torch.arange(g.numel()).view_as(g) == 0, torch.nan, g)
+                    )
+                return _problem(case).loss([first, *given[1:]])
+
+            case.tags["step"](optimizer, params, loss)
+            return
+        optimizer.zero_grad()
+        _backward(case, optimizer, _problem(case).loss(params))
+        for p in params[:1]:
+            assert p.grad is not None, "the first parameter got no gradient"
+            p.grad.view(-1)[0] = float("nan")
+        optimizer.step()
+
     if does == "raises":
         with _refusing("a NaN gradient", "nan", "finite"):
-            optimizer.step()
+            step()
+        assert _same(params, begin), "a step refused for its NaN gradient moved parameters"
         return
-    optimizer.step()
+    step()
     if does == "skips":
         assert _same(params, begin), "a step with a NaN gradient is promised to be skipped, and moved parameters"
         return
@@ -463,9 +536,10 @@ def sparse(case: Case) -> None:
     begin = table.detach().clone()
 
     def step() -> None:
-        optimizer = case.make([table])
-        _backward(case, optimizer, (nn.functional.embedding(torch.tensor([0, 2]), table, sparse=True) ** 2).sum())
-        optimizer.step()
+        rows = torch.tensor([0, 2])
+        _advance(
+            case, case.make([table]), [table], lambda given: (nn.functional.embedding(rows, given[0], sparse=True) ** 2).sum()
+        )
 
     if not works:
         with _refusing("a sparse gradient", "sparse", "dense"):
@@ -482,9 +556,7 @@ def complex_params(case: Case) -> None:
     param = nn.Parameter(torch.tensor([1.0 + 1.0j, -2.0j]))
 
     def step() -> None:
-        optimizer = case.make([param])
-        _backward(case, optimizer, (param.abs() ** 2).sum())
-        optimizer.step()
+        _advance(case, case.make([param]), [param], lambda given: (given[0].abs() ** 2).sum())
 
     if not works:
         with _refusing("a complex parameter", "complex"):
@@ -503,8 +575,9 @@ def compiled(case: Case, steps: int = 3) -> None:
         torch.manual_seed(0)
         params = _params(case, torch.float32)
         optimizer = case.make(params)
-        step = torch.compile(optimizer.step) if compile_it else optimizer.step
-        _run(case, optimizer, params, steps, step=cast(Callable[[], Any], step))
+        if compile_it:
+            optimizer.step = torch.compile(optimizer.step)
+        _run(case, optimizer, params, steps)
         ends.append(params)
     gap = _difference(_copies(ends[1]), _copies(ends[0]))
     assert gap <= 1e-4, f"the compiled step differs from the eager one by {gap:.2e}"
@@ -513,16 +586,16 @@ def compiled(case: Case, steps: int = 3) -> None:
 def fsdp2(case: Case, seconds: float = 120.0) -> None:
     """On 2 gloo processes under ``fully_shard`` it trains as on one process, or refuses with an error that names DTensor."""
     works = _tag(case, "fsdp2", "works", ("works", "refused")) == "works"
-    backward = case.tags.get("backward")
+    own = {name: case.tags[name] for name in ("backward", "step") if name in case.tags}
     try:
-        pickle.dumps((case.make, backward))
+        pickle.dumps((case.make, own))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise AssertionError(
-            f"'make' and 'backward' must be importable, for the other process to find them: {error}"
+            f"'make', 'backward' and 'step' must be importable, for the other process to find them: {error}"
         ) from error
     with tempfile.TemporaryDirectory() as folder:
         context = spawn(  # type: ignore[no-untyped-call]
-            _fsdp2_worker, (f"file://{Path(folder) / 'store'}", case.make, backward, works), nprocs=2, join=False
+            _fsdp2_worker, (f"file://{Path(folder) / 'store'}", case.make, own, works), nprocs=2, join=False
         )
         deadline = time.monotonic() + seconds
         try:
@@ -536,7 +609,7 @@ def fsdp2(case: Case, seconds: float = 120.0) -> None:
                     process.kill()
 
 
-def _fsdp2_worker(rank: int, store: str, make: Callable[..., Optimizer], backward: Any, works: bool) -> None:
+def _fsdp2_worker(rank: int, store: str, make: Callable[..., Optimizer], own: dict[str, Any], works: bool) -> None:
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -551,15 +624,13 @@ def _fsdp2_worker(rank: int, store: str, make: Callable[..., Optimizer], backwar
         fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
         x, y = torch.randn(8, 6), torch.randn(8, 4)
         mine = slice(rank * 4, rank * 4 + 4)
-        case = Case(make, {} if backward is None else {"backward": backward})
+        case = Case(make, own)
 
         def train(model: nn.Module, x: Tensor, y: Tensor) -> None:
             torch.manual_seed(1)
             optimizer = make(model.parameters())
             for _ in range(3):
-                optimizer.zero_grad()
-                _backward(case, optimizer, nn.functional.mse_loss(model(x), y))
-                optimizer.step()
+                _advance(case, optimizer, list(model.parameters()), lambda _: nn.functional.mse_loss(model(x), y))
 
         if not works:
             with _refusing("a sharded parameter", "DTensor"):
