@@ -2,8 +2,10 @@
 
 from corollary.linalg.curvature import HessianOperator, SymmetricOperator, hessian_vector_product
 from corollary.linalg.hutchinson import hutchinson_diagonal, rademacher_like
+from corollary.linalg.lanczos import Extremes, Tridiagonal, extreme_eigenvalues, lanczos
 from corollary.linalg.manifolds import Euclidean, Grassmann, Manifold, ManifoldParameter, Transposed, manifold_of
 from corollary.linalg.sketch import count_sketch, gaussian_sketch, srht
+from corollary.linalg.slq import SpectralDensity, TraceEstimate, spectral_density
 
 __all__ = [
     "HessianOperator",
@@ -11,6 +13,13 @@ __all__ = [
     "hessian_vector_product",
     "hutchinson_diagonal",
     "rademacher_like",
+    "lanczos",
+    "Tridiagonal",
+    "extreme_eigenvalues",
+    "Extremes",
+    "spectral_density",
+    "SpectralDensity",
+    "TraceEstimate",
     "Manifold",
     "Euclidean",
     "Grassmann",
