@@ -1,7 +1,10 @@
 """Optimizers and schedules with the interface of ``torch.optim``."""
 
+from corollary.optim.adadagrad import NormTest, norm_test
+from corollary.optim.adagrad_norm import AdaGradNorm
 from corollary.optim.adahessian import AdaHessian
 from corollary.optim.asam import ASAM
+from corollary.optim.batch_sampler import AdaptiveBatchSampler
 from corollary.optim.joint import JointOptimizer, split_parameters
 from corollary.optim.multiplier_lr import MultiplierLR
 from corollary.optim.refined_schedules import GradNormRecorder, LinearDecay, RefinedSchedule, refine_schedule
@@ -10,6 +13,10 @@ from corollary.optim.sam import SAM
 from corollary.optim.tram import TRAM, kl_divergence
 
 __all__ = [
+    "AdaGradNorm",
+    "AdaptiveBatchSampler",
+    "NormTest",
+    "norm_test",
     "AdaHessian",
     "ASAM",
     "JointOptimizer",

@@ -11,6 +11,7 @@ from corollary.testing.layer import check_layer
 from corollary.testing.loss import check_loss
 from corollary.testing.manifold import check_manifold
 from corollary.testing.optimizer import Problem, check_optimizer
+from corollary.testing.sampler import check_sampler
 from corollary.testing.schedule import check_schedule
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "check_loss",
     "check_manifold",
     "check_optimizer",
+    "check_sampler",
     "check_schedule",
     "Problem",
 ]
