@@ -6,6 +6,7 @@ from corollary.optim.adahessian import AdaHessian
 from corollary.optim.asam import ASAM
 from corollary.optim.batch_sampler import AdaptiveBatchSampler
 from corollary.optim.joint import JointOptimizer, split_parameters
+from corollary.optim.lr_vs_batch import SLQLearningRate, batch_eigenvalues, batch_noise, scale_lr
 from corollary.optim.multiplier_lr import MultiplierLR
 from corollary.optim.refined_schedules import GradNormRecorder, LinearDecay, RefinedSchedule, refine_schedule
 from corollary.optim.rsgd import RiemannianSGD
@@ -21,6 +22,10 @@ __all__ = [
     "ASAM",
     "JointOptimizer",
     "split_parameters",
+    "SLQLearningRate",
+    "batch_eigenvalues",
+    "batch_noise",
+    "scale_lr",
     "MultiplierLR",
     "GradNormRecorder",
     "LinearDecay",
