@@ -1,9 +1,12 @@
 """Numerics that everything stands on: matrix-free operators, sketches, manifolds."""
 
 from corollary.linalg.curvature import HessianOperator, SymmetricOperator, hessian_vector_product
+from corollary.linalg.dct import dct, dct_columns
 from corollary.linalg.hutchinson import hutchinson_diagonal, rademacher_like
 from corollary.linalg.lanczos import Extremes, Tridiagonal, extreme_eigenvalues, lanczos
+from corollary.linalg.lowrank import leading_right_vectors, randomized_right_vectors
 from corollary.linalg.manifolds import Euclidean, Grassmann, Manifold, ManifoldParameter, Transposed, manifold_of
+from corollary.linalg.quantize import Quantized, dequantize, quantize
 from corollary.linalg.sketch import count_sketch, gaussian_sketch, srht
 from corollary.linalg.slq import SpectralDensity, TraceEstimate, spectral_density
 
@@ -26,6 +29,13 @@ __all__ = [
     "Transposed",
     "ManifoldParameter",
     "manifold_of",
+    "leading_right_vectors",
+    "randomized_right_vectors",
+    "dct",
+    "dct_columns",
+    "Quantized",
+    "quantize",
+    "dequantize",
     "count_sketch",
     "gaussian_sketch",
     "srht",

@@ -5,12 +5,17 @@ from corollary.optim.adagrad_norm import AdaGradNorm
 from corollary.optim.adahessian import AdaHessian
 from corollary.optim.asam import ASAM
 from corollary.optim.batch_sampler import AdaptiveBatchSampler
+from corollary.optim.fira import Fira
+from corollary.optim.frugal import Frugal
+from corollary.optim.galore import GaLore
 from corollary.optim.joint import JointOptimizer, split_parameters
 from corollary.optim.lr_vs_batch import SLQLearningRate, batch_eigenvalues, batch_noise, scale_lr
 from corollary.optim.multiplier_lr import MultiplierLR
+from corollary.optim.projected import ProjectedAdamW, low_rank_groups
 from corollary.optim.refined_schedules import GradNormRecorder, LinearDecay, RefinedSchedule, refine_schedule
 from corollary.optim.rsgd import RiemannianSGD
 from corollary.optim.sam import SAM
+from corollary.optim.state_bytes import state_bytes
 from corollary.optim.tram import TRAM, kl_divergence
 
 __all__ = [
@@ -35,4 +40,10 @@ __all__ = [
     "SAM",
     "TRAM",
     "kl_divergence",
+    "Fira",
+    "Frugal",
+    "GaLore",
+    "ProjectedAdamW",
+    "low_rank_groups",
+    "state_bytes",
 ]
