@@ -1,0 +1,268 @@
+"""What the low-rank optimizers' papers share: pre-training a small LLaMA from scratch, and an oracle of one projected step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import parametrize
+from torch.optim import AdamW, Optimizer
+
+from corollary.claims import Trial
+from corollary.data import TokenStream, stdlib_text
+from corollary.models import GPT
+from corollary.optim import Fira, Frugal, GaLore, ProjectedAdamW, low_rank_groups, state_bytes
+from corollary.testing.optimizer import Problem
+
+Array = NDArray[np.float64]
+Options = tuple[tuple[str, Any], ...]
+
+RATES = (0.001, 0.002, 0.004, 0.008, 0.016)
+"""learning rates that every method is tuned over; ``scale`` and the like stay at their defaults unless a method's entry says so"""
+RANK = 6
+GAP = 50
+
+
+# ------------------------------------------------------------------------------------------------------------ pre-training
+
+
+class _LoRA(nn.Module):
+    """W₀ + B A with W₀ frozen at its start and B zero, as the GaLore paper pre-trains by LoRA."""
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        m, n = weight.shape
+        self.a = nn.Parameter(torch.randn(rank, n) / math.sqrt(n))
+        self.b = nn.Parameter(torch.zeros(m, rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.b @ self.a
+
+
+def _lora(model: nn.Module, lr: float, rank: int) -> Optimizer:
+    """AdamW on LoRA factors whose state takes no fewer bytes than that of a projected optimizer of this rank."""
+    for module in list(model.modules()):
+        if isinstance(module, nn.Linear) and min(module.weight.shape) > rank:
+            long, short = max(module.weight.shape), min(module.weight.shape)
+            equal = math.ceil(rank * (2 * long + short) / (2 * (long + short)))
+            module.weight.requires_grad_(False)
+            parametrize.register_parametrization(module, "weight", _LoRA(module.weight, equal))
+    return AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+
+
+def _adamw(model: nn.Module, lr: float, rank: int) -> Optimizer:
+    return AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+
+
+def preset(kind: Callable[..., ProjectedAdamW], **defaults: Any) -> Callable[..., Optimizer]:
+    """A method of `METHODS`: the preset on every linear layer, AdamW on embedding and norms."""
+
+    def make(model: nn.Module, lr: float, rank: float, **options: Any) -> Optimizer:
+        chosen = {"seed": 0, "update_proj_gap": GAP, **defaults, **options}
+        return kind(low_rank_groups(model, rank=rank), lr=lr, **chosen)
+
+    return make
+
+
+METHODS: dict[str, Callable[..., Optimizer]] = {
+    "AdamW": _adamw,
+    "LoRA": _lora,
+    "GaLore": preset(GaLore, scale=1.0),
+    "Fira": preset(Fira),
+    "Frugal": preset(Frugal, projector="columns"),
+}
+"""``make(model, lr, rank, **options)`` by name; presets that other papers bring are added by them"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one pre-training run gives.
+
+    Args:
+        loss: validation loss at the end, in nats a byte, at most twice that of guessing.
+        state_bytes: optimizer state at the end.
+        step_seconds: mean time of the optimizer's step alone, its refreshes included.
+        curve: training loss of each step.
+    """
+
+    loss: float
+    state_bytes: int
+    step_seconds: float
+    curve: tuple[float, ...]
+
+
+@lru_cache(maxsize=512)
+def pretrain(method: str, lr: float, seed: int, steps: int, rank: float = RANK, options: Options = ()) -> Run:
+    """Train a LLaMA of 133,000 parameters from scratch on the standard library's source, one byte a token.
+
+    Every method has the same start, batches and schedule (warm-up over a tenth, then cosine to a tenth of the rate).
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    stream = TokenStream(stdlib_text(1_000_000), context=32, seed=seed)
+    net = GPT(stream.vocab_size, dim=64, depth=2, heads=4, context=32)
+    optimizer = METHODS[method](net, lr, rank, **dict(options))
+    warmup = max(1, steps // 10)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    curve, seconds = [], 0.0
+    for _ in range(steps):
+        x, y = stream.batch(16, generator)
+        optimizer.zero_grad()
+        loss = cross_entropy(net(x).flatten(0, 1), y.flatten())
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        begin = time.perf_counter()
+        optimizer.step()
+        seconds += time.perf_counter() - begin
+        scheduler.step()
+        curve.append(float(loss.detach()))
+    x, y = stream.batch(512, torch.Generator().manual_seed(seed), split="val")
+    with torch.no_grad():
+        value = cross_entropy(net(x).flatten(0, 1), y.flatten())
+    capped = float(value.nan_to_num(nan=math.inf).clamp(max=2 * math.log(stream.vocab_size)))
+    return Run(capped, state_bytes(optimizer), seconds / steps, tuple(curve))
+
+
+def steps_of(trial: Trial) -> int:
+    """How long each run is at the trial's scale."""
+    return trial.pick(smoke=6, laptop=300, full=3000)
+
+
+def best_rate(trial: Trial, method: str, rank: float = RANK, options: Options = ()) -> float:
+    """The learning rate of `RATES` with the lowest validation loss on the tuning seed."""
+    return min(RATES, key=lambda lr: pretrain(method, lr, trial.seed, steps_of(trial), rank, options).loss)
+
+
+def tune(*methods: str, rank: float = RANK) -> Callable[..., dict[str, float]]:
+    """A ``tune=`` hook: the best rate of each method, found alike."""
+
+    def hook(trial: Trial, **_: Any) -> dict[str, float]:
+        return {method: best_rate(trial, method, rank) for method in methods}
+
+    return hook
+
+
+# ------------------------------------------------------------------------------------------------------------------ oracle
+
+
+def draw(seed: int, refreshes: int, index: int) -> torch.Generator:
+    """The documented source of a projector's randomness."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, refreshes, index)).generate_state(1)[0]))
+
+
+def svd_basis(matrix: Array, rank: int, index: int, refreshes: int, seed: int) -> tuple[Array, int]:
+    """Leading singular vectors of the shorter side, and the dimension that they act on."""
+    u, _, vh = np.linalg.svd(matrix, full_matrices=False)
+    return (vh[:rank].T, 1) if matrix.shape[0] >= matrix.shape[1] else (u[:, :rank], 0)
+
+
+def column_basis(matrix: Array, rank: int, index: int, refreshes: int, seed: int) -> tuple[Array, int]:
+    """Columns of the identity at the drawn places."""
+    order = torch.randperm(matrix.shape[1], generator=draw(seed, refreshes, index))
+    return np.eye(matrix.shape[1])[:, np.sort(order[:rank].numpy())], 1
+
+
+def projected_oracle(
+    problem: Problem,
+    steps: int,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    *,
+    rank: int = 1,
+    update_proj_gap: int = 200,
+    scale: float = 1.0,
+    seed: int = 0,
+    choose: Callable[[Array, int, int, int, int], tuple[Array, int]] = svd_basis,
+    rest: Callable[..., Array] | None = None,
+    reset: bool = False,
+) -> list[list[Array]]:
+    """A projected AdamW in numpy, with the basis as a matrix and the residual formed in full.
+
+    ``rest(residual, low, direction, memory, dim, correction)`` gives what is subtracted, times lr, beside the projected update;
+    ``direction`` is Adam's before bias correction, ``correction`` that factor, ``memory`` a dict of the parameter's.
+    """
+    params = [p.copy() for p in problem.start]
+    memories: list[dict[str, Any]] = [{"t": 0, "age": 0, "refreshes": 0} for _ in params]
+    path = []
+    for _ in range(steps):
+        gradients = problem.gradient(params)
+        index = 0
+        for p, g, memory in zip(params, gradients, memories, strict=True):
+            p *= 1 - lr * weight_decay
+            if p.ndim < 2:
+                basis, dim, matrix = None, 1, g
+            else:
+                matrix = g.reshape(g.shape[0], -1)
+                if memory["age"] % update_proj_gap == 0:
+                    memory["basis"] = choose(matrix, rank, index, memory["refreshes"], seed)
+                    memory["refreshes"] += 1
+                    if reset:
+                        memory["t"] = 0
+                        memory.pop("m", None)
+                basis, dim = memory["basis"]
+                index += 1
+            memory["age"] += 1
+            memory["t"] += 1
+            low = matrix if basis is None else matrix @ basis if dim else basis.T @ matrix
+            if "m" not in memory:
+                memory["m"], memory["v"] = np.zeros_like(low), np.zeros_like(low)
+            memory["m"] = betas[0] * memory["m"] + (1 - betas[0]) * low
+            memory["v"] = betas[1] * memory["v"] + (1 - betas[1]) * low**2
+            first, second = 1 - betas[0] ** memory["t"], 1 - betas[1] ** memory["t"]
+            direction = memory["m"] / first / (np.sqrt(memory["v"] / second) + eps)
+            if basis is None:
+                p -= lr * direction
+                continue
+            back = lambda x, b=basis, d=dim: x @ b.T if d else b @ x
+            change = back(direction)
+            if rest is not None:
+                correction = math.sqrt(second) / first
+                change = change + rest(matrix - back(low), low, direction / correction, memory, dim, correction)
+            p -= lr * scale * change.reshape(p.shape)
+        path.append([p.copy() for p in params])
+    return path
+
+
+def norm_scaled(limit: float | None) -> Callable[..., Array]:
+    """Fira's residual as its authors' code computes it: scaled slice by slice, then limited in growth."""
+
+    def rest(residual: Array, low: Array, direction: Array, memory: dict[str, Any], dim: int, correction: float) -> Array:
+        scaled = np.empty_like(residual)
+        for i in range(residual.shape[1 - dim]):
+            place = (i, slice(None)) if dim else (slice(None), i)
+            scaled[place] = residual[place] * (np.linalg.norm(direction[place]) / (np.linalg.norm(low[place]) + 1e-8))
+        if limit is not None:
+            norm = np.linalg.norm(scaled)
+            if "last" in memory:
+                shrink = max(norm / (memory["last"] + 1e-8), limit) / limit
+                scaled, norm = scaled / shrink, norm / shrink
+            memory["last"] = norm
+        return scaled * correction
+
+    return rest
+
+
+def signed(lr_scale: float = 1.0) -> Callable[..., Array]:
+    """FRUGAL's residual: its sign, without bias correction."""
+
+    def rest(residual: Array, low: Array, direction: Array, memory: dict[str, Any], dim: int, correction: float) -> Array:
+        return lr_scale * np.sign(residual)
+
+    return rest
