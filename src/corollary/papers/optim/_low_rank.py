@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -26,7 +26,7 @@ from corollary.testing.optimizer import Problem
 Array = NDArray[np.float64]
 Options = tuple[tuple[str, Any], ...]
 
-RATES = (0.001, 0.002, 0.004, 0.008, 0.016)
+RATES = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
 """learning rates that every method is tuned over; ``scale`` and the like stay at their defaults unless a method's entry says so"""
 RANK = 6
 GAP = 50
@@ -230,14 +230,17 @@ def projected_oracle(
             if basis is None:
                 p -= lr * direction
                 continue
-            back = lambda x, b=basis, d=dim: x @ b.T if d else b @ x
-            change = back(direction)
+            change = _back(direction, basis, dim)
             if rest is not None:
                 correction = math.sqrt(second) / first
-                change = change + rest(matrix - back(low), low, direction / correction, memory, dim, correction)
+                change = change + rest(matrix - _back(low, basis, dim), low, direction / correction, memory, dim, correction)
             p -= lr * scale * change.reshape(p.shape)
         path.append([p.copy() for p in params])
     return path
+
+
+def _back(low: Array, basis: Array, dim: int) -> Array:
+    return low @ basis.T if dim else basis @ low
 
 
 def norm_scaled(limit: float | None) -> Callable[..., Array]:
