@@ -3,6 +3,7 @@
 from corollary.optim.adadagrad import NormTest, norm_test
 from corollary.optim.adagrad_norm import AdaGradNorm
 from corollary.optim.adahessian import AdaHessian
+from corollary.optim.adamp import SGDP, AdamP
 from corollary.optim.asam import ASAM
 from corollary.optim.batch_sampler import AdaptiveBatchSampler
 from corollary.optim.fira import Fira
@@ -46,4 +47,6 @@ __all__ = [
     "ProjectedAdamW",
     "low_rank_groups",
     "state_bytes",
+    "AdamP",
+    "SGDP",
 ]
