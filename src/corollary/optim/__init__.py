@@ -10,6 +10,7 @@ from corollary.optim.fira import Fira
 from corollary.optim.frugal import Frugal
 from corollary.optim.galore import GaLore
 from corollary.optim.joint import JointOptimizer, split_parameters
+from corollary.optim.lion_k import L1, Entropic, GroupL2, Huber, Kappa, LionK, LogCosh, Lp
 from corollary.optim.lr_vs_batch import SLQLearningRate, batch_eigenvalues, batch_noise, scale_lr
 from corollary.optim.multiplier_lr import MultiplierLR
 from corollary.optim.projected import ProjectedAdamW, low_rank_groups
@@ -49,4 +50,12 @@ __all__ = [
     "state_bytes",
     "AdamP",
     "SGDP",
+    "LionK",
+    "Kappa",
+    "L1",
+    "Lp",
+    "GroupL2",
+    "Huber",
+    "LogCosh",
+    "Entropic",
 ]
