@@ -2,6 +2,7 @@
 
 from corollary.linalg.curvature import HessianOperator, SymmetricOperator, hessian_vector_product
 from corollary.linalg.dct import dct, dct_columns
+from corollary.linalg.fisher import EmpiricalFisherOperator, per_sample_gradients
 from corollary.linalg.hutchinson import hutchinson_diagonal, rademacher_like
 from corollary.linalg.lanczos import Extremes, Tridiagonal, extreme_eigenvalues, lanczos
 from corollary.linalg.lowrank import leading_right_vectors, randomized_right_vectors
@@ -11,10 +12,12 @@ from corollary.linalg.sketch import count_sketch, gaussian_sketch, srht
 from corollary.linalg.slq import SpectralDensity, TraceEstimate, spectral_density
 
 __all__ = [
+    "EmpiricalFisherOperator",
     "HessianOperator",
     "SymmetricOperator",
     "hessian_vector_product",
     "hutchinson_diagonal",
+    "per_sample_gradients",
     "rademacher_like",
     "lanczos",
     "Tridiagonal",
