@@ -12,11 +12,15 @@ from corollary.optim.galore import GaLore
 from corollary.optim.joint import JointOptimizer, split_parameters
 from corollary.optim.lion_k import L1, Entropic, GroupL2, Huber, Kappa, LionK, LogCosh, Lp
 from corollary.optim.lr_vs_batch import SLQLearningRate, batch_eigenvalues, batch_noise, scale_lr
+from corollary.optim.m_fac import MFAC
+from corollary.optim.matrix_free_fisher import MatrixFreeFisher
+from corollary.optim.mfac_prune import mfac_prune
 from corollary.optim.multiplier_lr import MultiplierLR
 from corollary.optim.projected import ProjectedAdamW, low_rank_groups
 from corollary.optim.refined_schedules import GradNormRecorder, LinearDecay, RefinedSchedule, refine_schedule
 from corollary.optim.rsgd import RiemannianSGD
 from corollary.optim.sam import SAM
+from corollary.optim.sliding_fisher import SlidingFisher
 from corollary.optim.state_bytes import state_bytes
 from corollary.optim.tram import TRAM, kl_divergence
 
@@ -58,4 +62,8 @@ __all__ = [
     "Huber",
     "LogCosh",
     "Entropic",
+    "MFAC",
+    "MatrixFreeFisher",
+    "SlidingFisher",
+    "mfac_prune",
 ]
