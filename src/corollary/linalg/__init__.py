@@ -1,8 +1,10 @@
 """Numerics that everything stands on: matrix-free operators, sketches, manifolds."""
 
+from corollary.linalg.cg import CGResult, conjugate_gradient
 from corollary.linalg.curvature import HessianOperator, SymmetricOperator, hessian_vector_product
 from corollary.linalg.dct import dct, dct_columns
 from corollary.linalg.fisher import EmpiricalFisherOperator, per_sample_gradients
+from corollary.linalg.gauss_newton import FisherOperator, GaussNewtonOperator
 from corollary.linalg.hutchinson import hutchinson_diagonal, rademacher_like
 from corollary.linalg.lanczos import Extremes, Tridiagonal, extreme_eigenvalues, lanczos
 from corollary.linalg.lowrank import leading_right_vectors, randomized_right_vectors
@@ -16,6 +18,10 @@ __all__ = [
     "HessianOperator",
     "SymmetricOperator",
     "hessian_vector_product",
+    "GaussNewtonOperator",
+    "FisherOperator",
+    "conjugate_gradient",
+    "CGResult",
     "hutchinson_diagonal",
     "per_sample_gradients",
     "rademacher_like",

@@ -9,6 +9,7 @@ from corollary.optim.batch_sampler import AdaptiveBatchSampler
 from corollary.optim.fira import Fira
 from corollary.optim.frugal import Frugal
 from corollary.optim.galore import GaLore
+from corollary.optim.gradient_normalized_smoothness import GradientNormalizedNewton
 from corollary.optim.joint import JointOptimizer, split_parameters
 from corollary.optim.lion_k import L1, Entropic, GroupL2, Huber, Kappa, LionK, LogCosh, Lp
 from corollary.optim.lr_vs_batch import SLQLearningRate, batch_eigenvalues, batch_noise, scale_lr
@@ -49,6 +50,7 @@ __all__ = [
     "Fira",
     "Frugal",
     "GaLore",
+    "GradientNormalizedNewton",
     "ProjectedAdamW",
     "low_rank_groups",
     "state_bytes",
