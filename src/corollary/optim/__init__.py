@@ -4,6 +4,7 @@ from corollary.optim.adadagrad import NormTest, norm_test
 from corollary.optim.adagrad_norm import AdaGradNorm
 from corollary.optim.adahessian import AdaHessian
 from corollary.optim.adamp import SGDP, AdamP
+from corollary.optim.armijo import ArmijoGD
 from corollary.optim.asam import ASAM
 from corollary.optim.batch_sampler import AdaptiveBatchSampler
 from corollary.optim.fira import Fira
@@ -23,6 +24,7 @@ from corollary.optim.rsgd import RiemannianSGD
 from corollary.optim.sam import SAM
 from corollary.optim.sliding_fisher import SlidingFisher
 from corollary.optim.state_bytes import state_bytes
+from corollary.optim.target_surrogates import SSO, TargetSurrogate
 from corollary.optim.tram import TRAM, kl_divergence
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "NormTest",
     "norm_test",
     "AdaHessian",
+    "ArmijoGD",
     "ASAM",
     "JointOptimizer",
     "split_parameters",
@@ -45,6 +48,8 @@ __all__ = [
     "refine_schedule",
     "RiemannianSGD",
     "SAM",
+    "SSO",
+    "TargetSurrogate",
     "TRAM",
     "kl_divergence",
     "Fira",
