@@ -14,7 +14,8 @@ def leading_right_vectors(matrix: Tensor, rank: int) -> Tensor:
         rank: how many, 1 to min(m, n).
 
     Returns:
-        Shape (n, rank), orthonormal columns in falling order of their singular value, dtype and device of ``matrix``.
+        Shape (n, rank), orthonormal columns in falling order of their singular value, the largest entry of each positive; dtype
+        and device of ``matrix``.
 
     Raises:
         TypeError, ValueError: a matrix that is not floating, two-dimensional or finite, or a rank out of range.
@@ -26,7 +27,7 @@ def leading_right_vectors(matrix: Tensor, rank: int) -> Tensor:
     """
     wide = _checked(matrix, rank)
     vectors: Tensor = torch.linalg.svd(wide, full_matrices=False).Vh[:rank].T
-    return vectors.contiguous().to(matrix.dtype)
+    return _signed(vectors.contiguous()).to(matrix.dtype)
 
 
 def randomized_right_vectors(
@@ -54,7 +55,7 @@ def randomized_right_vectors(
         generator: source of the Gaussian columns, on the CPU.
 
     Returns:
-        Shape (n, rank), orthonormal columns in falling order, dtype and device of ``matrix``.
+        Shape (n, rank), orthonormal columns in falling order, the largest entry of each positive; dtype and device of ``matrix``.
 
     Raises:
         TypeError, ValueError: as `leading_right_vectors`, or ``start`` of another length, or ``n_iter`` below 1.
@@ -86,7 +87,13 @@ def randomized_right_vectors(
     image = wide @ block
     # eigh gives rising order: the last columns lead.
     rotation: Tensor = torch.linalg.eigh(image.T @ image).eigenvectors[:, -rank:].flip(1)
-    return (block @ rotation).to(matrix.dtype)
+    return _signed(block @ rotation).to(matrix.dtype)
+
+
+def _signed(vectors: Tensor) -> Tensor:
+    """Each column with its largest entry positive: a decomposition leaves the sign open, and libraries differ in it."""
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return vectors * torch.where(largest < 0, -1.0, 1.0).to(vectors.dtype)
 
 
 def _checked(matrix: Tensor, rank: int) -> Tensor:

@@ -26,12 +26,12 @@ class Fira(ProjectedAdamW):
         update_proj_gap: steps between two choices of the subspace.
         scale: s, which the authors' code calls alpha.
         growth_limit: γ of the norm-growth limiter; None turns it off.
-        projector: 'svd' is the paper's; 'randomized' finds nearly the same subspace at a small part of the cost.
+        projector: 'randomized' finds nearly the same subspace as 'svd', which is the paper's, at a small part of the cost.
         seed, foreach: as in `ProjectedAdamW`.
 
     State of an m × n matrix, m ≥ n: two moments of m · rank, the basis of n · rank and one number.
 
-    Deviations: weight decay comes before the update and ε after bias correction, as in torch. The authors' code multiplies the
+    Deviations: the leading singular vectors come from randomized subspace iteration unless ``projector='svd'``. Weight decay comes before the update and ε after bias correction, as in torch. The authors' code multiplies the
     subtracted projection by alpha too, so that its residual is whole only for alpha = 1, its default; here ``scale`` is a factor
     of the whole update.
 
@@ -63,7 +63,7 @@ class Fira(ProjectedAdamW):
         update_proj_gap: int = 200,
         scale: float = 1.0,
         growth_limit: float | None = 1.01,
-        projector: str | Projector = "svd",
+        projector: str | Projector = "randomized",
         seed: int | None = None,
         foreach: bool | None = None,
     ) -> None:

@@ -20,10 +20,10 @@ class GaLore(ProjectedAdamW):
         rank: dimension of the subspace, or its share of the shorter side.
         update_proj_gap: steps between two decompositions.
         scale: s, which the paper calls α.
-        projector: 'svd' is the paper's; 'randomized' finds nearly the same subspace at a small part of the cost.
+        projector: 'randomized' finds nearly the same subspace as 'svd', which is the paper's, at a small part of the cost.
         seed, foreach: as in `ProjectedAdamW`.
 
-    Deviations: weight decay comes before the update and ε after bias correction, as in torch; the authors' package follows an
+    Deviations: the leading singular vectors come from randomized subspace iteration unless ``projector='svd'``. Weight decay comes before the update and ε after bias correction, as in torch; the authors' package follows an
     older AdamW that has both the other way round.
 
     When not to use it: `Fira` stores one more number for each matrix and uses the whole gradient.
@@ -52,7 +52,7 @@ class GaLore(ProjectedAdamW):
         rank: float | None = 128,
         update_proj_gap: int = 200,
         scale: float = 0.25,
-        projector: str | Projector = "svd",
+        projector: str | Projector = "randomized",
         seed: int | None = None,
         foreach: bool | None = None,
     ) -> None:

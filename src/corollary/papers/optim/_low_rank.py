@@ -21,6 +21,7 @@ from corollary.claims import Trial
 from corollary.data import TokenStream, stdlib_text
 from corollary.models import GPT
 from corollary.optim import Fira, Frugal, GaLore, ProjectedAdamW, low_rank_groups, state_bytes
+from corollary.optim.residuals import NormScaled
 from corollary.testing.optimizer import Problem
 
 Array = NDArray[np.float64]
@@ -78,6 +79,8 @@ METHODS: dict[str, Callable[..., Optimizer]] = {
     "LoRA": _lora,
     "GaLore": preset(GaLore, scale=1.0),
     "Fira": preset(Fira),
+    "Fira, unscaled": preset(ProjectedAdamW, projector="randomized", residual=NormScaled(scaled=False)),
+    "Random subspace": preset(ProjectedAdamW, projector="random", residual="drop"),
     "Frugal": preset(Frugal, projector="columns"),
 }
 """``make(model, lr, rank, **options)`` by name; presets that other papers bring are added by them"""
@@ -166,9 +169,10 @@ def draw(seed: int, refreshes: int, index: int) -> torch.Generator:
 
 
 def svd_basis(matrix: Array, rank: int, index: int, refreshes: int, seed: int) -> tuple[Array, int]:
-    """Leading singular vectors of the shorter side, and the dimension that they act on."""
+    """Leading singular vectors of the shorter side, largest entry positive, and the dimension that they act on."""
     u, _, vh = np.linalg.svd(matrix, full_matrices=False)
-    return (vh[:rank].T, 1) if matrix.shape[0] >= matrix.shape[1] else (u[:, :rank], 0)
+    basis, dim = (vh[:rank].T, 1) if matrix.shape[0] >= matrix.shape[1] else (u[:, :rank], 0)
+    return np.stack([column * np.sign(column[np.argmax(np.abs(column))]) for column in basis.T], axis=1), dim
 
 
 def column_basis(matrix: Array, rank: int, index: int, refreshes: int, seed: int) -> tuple[Array, int]:
