@@ -90,7 +90,8 @@ def quantize(
         if codes.numel() % 2:
             codes = torch.cat([codes, codes.new_zeros(1)])
         codes = codes[::2] | (codes[1::2] << 4)
-    return Quantized(codes.contiguous(), scale, zero.to(torch.uint8))
+    # A slice would keep the padded storage alive: the codes take the bytes that they say.
+    return Quantized(codes.clone(), scale, zero.to(torch.uint8))
 
 
 def dequantize(stored: Quantized, shape: tuple[int, ...] | torch.Size, bits: int = 8, *, group_size: int = 256) -> Tensor:

@@ -150,7 +150,7 @@ def _stepped(optimizer: Optimizer) -> Optimizer:
 @claim(control={"rank": 24})
 def quarter_of_the_state(trial: Trial, rank: int = RANK) -> Ratio:
     """Bytes of Fira's state for a whole model against AdamW's."""
-    depth = 2 + trial.seed % 4
+    depth = int(trial.rng.integers(2, 6))
     net = GPT(256, dim=64, depth=depth, heads=4, context=32)
     ours = state_bytes(_stepped(Fira(low_rank_groups(net, rank=rank), seed=0)))
     full = state_bytes(_stepped(AdamW(net.parameters())))
