@@ -12,6 +12,7 @@ from corollary.optim.frugal import Frugal
 from corollary.optim.galore import GaLore
 from corollary.optim.gradient_normalized_smoothness import GradientNormalizedNewton
 from corollary.optim.joint import JointOptimizer, split_parameters
+from corollary.optim.last_iterate_sgd import CompositeMirrorDescent, LastIterateLR
 from corollary.optim.lion_k import L1, Entropic, GroupL2, Huber, Kappa, LionK, LogCosh, Lp
 from corollary.optim.lr_vs_batch import SLQLearningRate, batch_eigenvalues, batch_noise, scale_lr
 from corollary.optim.m_fac import MFAC
@@ -41,6 +42,8 @@ __all__ = [
     "batch_eigenvalues",
     "batch_noise",
     "scale_lr",
+    "CompositeMirrorDescent",
+    "LastIterateLR",
     "MultiplierLR",
     "GradNormRecorder",
     "LinearDecay",
