@@ -52,9 +52,10 @@ class NormTest:
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Bars of the batch size that each parameter asks for, with a line at the samples seen."""
-        from matplotlib import pyplot
+        if ax is None:
+            from matplotlib.figure import Figure
 
-        ax = ax or pyplot.figure().add_subplot()
+            ax = Figure(layout="constrained").add_subplot()
         ax.barh(range(len(self.names)), [max(r, 1.0) for r in self.layer_required])
         ax.set_yticks(range(len(self.names)), self.names)
         ax.axvline(self.samples, color="black", linestyle="--", label=f"samples seen: {self.samples}")
