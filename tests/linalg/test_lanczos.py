@@ -171,6 +171,26 @@ def test_extremes_and_vectors_equal_a_dense_solver() -> None:
     np.testing.assert_allclose(np.abs(np.sum(found.smallest_vectors.numpy() * vectors[:, :2], axis=0)), 1, atol=1e-9)
 
 
+def test_a_repeated_eigenvalue_is_found_again_where_the_chain_restarts() -> None:
+    spectrum = torch.cat([torch.full((3,), 5.0), torch.ones(37)]).double()
+    found = extreme_eigenvalues(_symmetric(40, 0, spectrum), largest=2, generator=torch.Generator().manual_seed(0))
+    assert found.largest.tolist() == pytest.approx([5, 5])
+    assert found.smallest.tolist() == pytest.approx([1])
+    assert found.converged
+    assert found.steps < 10
+
+
+def test_the_basis_grows_with_the_steps() -> None:
+    """More steps than there is room for at first, and a memory that a chain of 200 would not need."""
+    spectrum = torch.linspace(0, 1, 400, dtype=torch.float64)
+    found = extreme_eigenvalues(
+        _symmetric(400, 7, spectrum), tol=1e-9, vectors=True, generator=torch.Generator().manual_seed(0)
+    )
+    assert found.steps > 64
+    assert found.converged
+    assert [found.largest.item(), found.smallest.item()] == pytest.approx([1, 0], abs=1e-9)
+
+
 def test_giving_up_is_said_and_the_bounds_still_hold() -> None:
     matrix = _symmetric(100, 2)
     found = extreme_eigenvalues(matrix, max_steps=5, tol=1e-10, generator=torch.Generator().manual_seed(0))

@@ -235,6 +235,72 @@ def test_it_looks_at_the_hessian_when_due_and_only_then() -> None:
     assert rates == pytest.approx([2 / 4] * 3 + [2 / 5] * 3 + [2 / 6], rel=1e-6)
 
 
+def test_a_rise_of_the_rate_waits_and_a_fall_does_not() -> None:
+    """L reads 8, 2, 2, 10 and a memory of 3/4 keeps 8, 6.5, 5.375, 10; ν reads 4, 1, 1, 1 and keeps 4, 3.25, 2.6875, 2.265625."""
+    readings = iter([(8.0, 4.0), (2.0, 1.0), (2.0, 1.0), (10.0, 1.0)])
+    optimizer = _group()
+    schedule = SLQLearningRate(
+        optimizer,
+        lambda: torch.diag(torch.tensor(next(readings), dtype=torch.float64)),
+        interval=1,
+        learn_momentum=False,
+        memory=0.75,
+    )
+    rates = []
+    for _ in range(4):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        if len(rates) < 4:
+            schedule.step()
+    wanted = [2 / (8 + 4), 2 / (6.5 + 3.25), 2 / (5.375 + 2.6875), 2 / (10 + 2.265625)]
+    assert rates == pytest.approx(wanted, rel=1e-9)
+
+
+def test_a_batch_without_curvature_leaves_the_rate_as_it_is() -> None:
+    readings = iter([4.0, 0.0, 0.0])
+    optimizer = _group()
+    schedule = SLQLearningRate(optimizer, lambda: next(readings) * torch.eye(2), interval=1, learn_momentum=False)
+    for _ in range(2):
+        optimizer.step()
+        schedule.step()
+    assert schedule.get_last_lr() == [pytest.approx(2 / 8)]
+
+
+@pytest.mark.parametrize(("method", "make"), [("sgd", torch.optim.SGD), ("adam", torch.optim.Adam)])
+def test_copies_under_many_rates_step_as_torchs_optimizers_do(method: str, make: Callable[..., torch.optim.Optimizer]) -> None:
+    """The runs that the claims on the largest stable rate are measured with."""
+    from corollary.papers.optim.lr_vs_batch import _network_gradients, descend
+
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(20, 6, generator=generator), torch.randint(10, (20,), generator=generator)
+    start = [torch.randn(6, 5, generator=generator), torch.randn(5, 10, generator=generator)]
+    batches = [torch.randint(20, (4,), generator=generator) for _ in range(7)]
+    rates = torch.tensor([0.01, 0.1])
+    gradients, losses = _network_gradients(x, y)
+    ends = descend(method, start, gradients, rates, iter(batches), 7)
+    for i, rate in enumerate(rates.tolist()):
+        params = [nn.Parameter(p.clone()) for p in start]
+        optimizer = make(params, lr=rate)
+        for rows in batches:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(torch.tanh(x[rows] @ params[0]) @ params[1], y[rows]).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        for ours, wanted in zip(ends, params, strict=True):
+            torch.testing.assert_close(ours[i], wanted.detach(), rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            wanted_loss = nn.functional.cross_entropy(torch.tanh(x @ params[0]) @ params[1], y)
+        torch.testing.assert_close(losses(ends)[i], wanted_loss, rtol=1e-4, atol=1e-5)
+
+
+def test_the_largest_stable_rate_is_where_the_loss_first_rises_above_its_start() -> None:
+    from corollary.papers.optim.lr_vs_batch import crossing
+
+    rates = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
+    assert crossing(rates, torch.tensor([-1.0, -3.0, -1.0, 3.0, 9.0])) == pytest.approx(4 * 2**0.25)
+    with pytest.raises(ValueError, match="does not hold the largest stable rate"):
+        crossing(rates, torch.full((5,), -1.0))
+
+
 def _network_run(cut: int | None) -> list[Tensor]:
     def build() -> tuple[nn.Module, torch.optim.Optimizer, SLQLearningRate]:
         torch.manual_seed(0)
@@ -359,6 +425,7 @@ def test_bad_input_is_named(call: Callable[[], Any], error: type[Exception], wor
         ({"hessian": torch.eye(2)}, TypeError, "'hessian' must be a function that gives an operator, not Tensor"),
         ({"interval": 0}, ValueError, "'interval' must be at least 1, not 0"),
         ({"lanczos_steps": 0}, ValueError, "'lanczos_steps' must be at least 1, not 0"),
+        ({"memory": 1.0}, ValueError, r"'memory' must be in \[0, 1\), not 1.0"),
         ({"max_momentum": 1.0}, ValueError, r"'max_momentum' must be in \[0, 1\), not 1.0"),
         ({"hessian": lambda: torch.zeros(2, 2)}, ValueError, "'hessian' gave zero"),
         ({"hessian": lambda: torch.full((2, 2), math.nan)}, ValueError, "not finite at Lanczos step 1"),

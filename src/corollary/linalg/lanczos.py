@@ -153,8 +153,9 @@ def extreme_eigenvalues(
     r"""Largest and smallest eigenvalues, by as many Lanczos steps as they need.
 
     Stops when every wanted Ritz value θ has a residual bound ‖A y - θ y‖ ≤ tol · max \|θ\|. Eigenvalues are approached from
-    inside the spectrum; the error of a converged one is about its bound squared over its distance to the next. Exactly repeated
-    eigenvalues are found once each chain only, as in any Krylov method, save where an invariant subspace is exhausted.
+    inside the spectrum; the error of a converged one is about its bound squared over its distance to the next. An eigenvalue
+    that is repeated exactly is found once, as in any Krylov method, save where the chain has exhausted its invariant subspace
+    and goes on from a fresh vector.
 
     Args:
         operator: as for `lanczos`.
@@ -187,7 +188,7 @@ def extreme_eigenvalues(
         raise ValueError(f"'largest' + 'smallest' is {wanted}; at most n = {n} and 'max_steps' = {max_steps} can be found")
     if start is not None and start.dim() != 1:
         raise ValueError(f"'start' must be one vector ({n},), not of shape {tuple(start.shape)}")
-    chain = _Chain(operator, min(max_steps, n), start, generator)
+    chain = _Chain(operator, min(max_steps, n), start, generator, room=32)
     check_at = wanted
     while True:
         while chain.made < min(check_at, chain.capacity):
@@ -198,7 +199,9 @@ def extreme_eigenvalues(
         picks = [*range(m - 1, m - 1 - largest, -1), *range(smallest)]
         floor = 4 * torch.finfo(operator.dtype).eps
         allowed = max(tol, floor) * float(values.abs().max())
-        converged = chain.made == n or bool((bounds[picks] <= allowed).all())
+        # An invariant subspace bounds its own Ritz values by 0, but what lies outside it must be looked at too.
+        looked = chain.spent_at is None or chain.made >= chain.spent_at + wanted
+        converged = chain.made == n or (looked and bool((bounds[picks] <= allowed).all()))
         if converged or chain.made == chain.capacity:
             break
         check_at = chain.made + max(1, chain.made // 5)  # solving T costs m³: not at every step
@@ -220,9 +223,15 @@ class _Chain:
     """k Lanczos chains side by side, extended one step at a time."""
 
     def __init__(
-        self, operator: SymmetricOperator, capacity: int, start: Tensor | None, generator: torch.Generator | None
+        self,
+        operator: SymmetricOperator,
+        capacity: int,
+        start: Tensor | None,
+        generator: torch.Generator | None,
+        room: int | None = None,
     ) -> None:
         self.operator, self.capacity, self.generator = operator, capacity, generator
+        room = capacity if room is None else min(room, capacity)
         self.n = operator.shape[0]
         half = operator.dtype in (torch.float16, torch.bfloat16)
         self.dtype = torch.float32 if half else operator.dtype
@@ -232,24 +241,27 @@ class _Chain:
         if not bool(norms.isfinite().all() and (norms > 0).all()):
             raise ValueError("'start' must be finite and not zero")
         # Basis vectors are rows, so that each projection is one batched product over contiguous memory.
-        self.basis = torch.empty(self.k, capacity + 1, self.n, dtype=self.dtype, device=operator.device)
+        self.basis = torch.empty(self.k, room + 1, self.n, dtype=self.dtype, device=operator.device)
         self.basis[:, 0] = (vectors / norms).T
-        self.diagonal: list[Tensor] = []
-        self.off_diagonal: list[Tensor] = []
+        self.coefficients = torch.zeros(2, self.k, capacity, dtype=self.dtype, device=operator.device)
         self.scale = torch.zeros(self.k, dtype=self.dtype, device=operator.device)
         self.made = 0
+        self.spent_at: int | None = None  # steps after which a chain first spanned an invariant subspace
 
     def extend(self) -> None:
         """One product and one more row and column of T."""
         j = self.made
+        if j + 1 == self.basis.shape[1] <= self.capacity:
+            more = min(j // 2 + 1, self.capacity + 1 - self.basis.shape[1])
+            self.basis = torch.cat([self.basis, self.basis.new_empty(self.k, more, self.n)], dim=1)
         done = self.basis[:, : j + 1]
         q = self.basis[:, j].to(self.operator.dtype)
         # One vector goes as a vector: a matrix of one column would cost a batched backward pass.
         product = (self.operator @ q[0]).unsqueeze(0) if self.k == 1 else (self.operator @ q.T).T
-        w = product.to(self.dtype).contiguous()
+        w = product.detach().to(self.dtype).contiguous()
         alpha = (w * self.basis[:, j]).sum(1)
         for _ in range(2):
-            w = w - self._project(done, w)
+            w = self._deflate(done, w)
         beta = w.norm(dim=1)
         if not bool((alpha.isfinite() & beta.isfinite()).all()):
             raise ValueError(f"'operator' gave a product that is not finite at Lanczos step {j + 1}")
@@ -257,31 +269,33 @@ class _Chain:
         # does no harm: projected twice, it is one more random direction, with a tiny β.
         self.scale = torch.maximum(self.scale, torch.maximum(alpha.abs(), beta))
         spent = beta <= 100 * torch.finfo(self.dtype).eps * self.scale
+        if j + 1 == self.n:
+            spent = torch.ones_like(spent)  # nothing is left outside the basis
         beta = beta.masked_fill(spent, 0.0)
-        self.diagonal.append(alpha)
-        self.off_diagonal.append(beta)
+        self.coefficients[0, :, j], self.coefficients[1, :, j] = alpha, beta
         self.made += 1
         if self.made == self.n:
-            self.off_diagonal[-1] = torch.zeros_like(beta)  # nothing is left outside the basis
             return
         if bool(spent.any()):
+            self.spent_at = self.spent_at or self.made
             fresh = self._draw(self.k).T
             for _ in range(3):
-                fresh = fresh - self._project(done, fresh)
+                fresh = self._deflate(done, fresh)
                 fresh = fresh / fresh.norm(dim=1, keepdim=True)
             w = torch.where(spent[:, None], fresh, w)
         self.basis[:, j + 1] = w / torch.where(spent, torch.ones_like(beta), beta)[:, None]
 
     def tridiagonal(self, keep_basis: bool) -> Tridiagonal:
-        diagonal = torch.stack(self.diagonal, dim=1).to("cpu", torch.float64)
-        off_diagonal = torch.stack(self.off_diagonal, dim=1).to("cpu", torch.float64)
+        diagonal, off_diagonal = self.coefficients[:, :, : self.made].to("cpu", torch.float64)
         basis = self.basis[:, : self.made].mT if keep_basis else None
         return Tridiagonal(diagonal, off_diagonal[:, :-1], off_diagonal[:, -1], basis)
 
-    def _project(self, basis: Tensor, w: Tensor) -> Tensor:
-        """Each chain's w on the span of its basis."""
-        coefficients = torch.bmm(basis, w.unsqueeze(2))
-        return torch.bmm(basis.mT, coefficients).squeeze(2)
+    def _deflate(self, basis: Tensor, w: Tensor) -> Tensor:
+        """Each chain's w less its part in the span of the chain's basis."""
+        if self.k == 1:  # a batch of one is slower than none
+            return torch.addmv(w[0], basis[0].T, basis[0] @ w[0], alpha=-1).unsqueeze(0)
+        w = w.unsqueeze(2)
+        return torch.baddbmm(w, basis.mT, torch.bmm(basis, w), alpha=-1).squeeze(2)
 
     def _draw(self, k: int) -> Tensor:
         return torch.randn(self.n, k, dtype=self.dtype, device=self.operator.device, generator=self.generator)

@@ -200,7 +200,8 @@ class SLQLearningRate(MultiplierLR):
         β = \left( \frac{\sqrt L - \sqrt μ}{\sqrt L + \sqrt μ} \right)^2, \qquad
         η = \frac{4}{(\sqrt L + \sqrt μ)^2}
 
-    and without learning momentum the rate is η = 2 / (L + μ). Each group gets its own initial rate times η: **build the
+    and without learning momentum the rate is η = 2 / (L + μ). One batch may show little curvature by chance, and then the rate
+    would jump: a reading above the last L or μ counts at once, one below it moves them by a share 1 - ``memory`` only. Each group gets its own initial rate times η: **build the
     optimizer with** ``lr`` **as the fraction to take**, 1 for all of it, less for safety. Since L is that of a batch, the
     rate follows the batch size by itself, linearly while noise rules and not at all when it no longer does.
 
@@ -219,19 +220,23 @@ class SLQLearningRate(MultiplierLR):
         interval: refresh every so many steps, from step 0 on.
         lanczos_steps: products with the Hessian at each refresh; with `HessianOperator` each costs about two gradients.
         learn_momentum: set 'momentum' too.
+        memory: share of L and μ that outlives a lower reading, in [0, 1); 0 follows every reading.
         max_momentum: at most this β, in [0, 1); μ is raised to what gives it, in the rate too.
         seed: of the Lanczos start vectors, which depend on seed and step alone, so that a run resumed from ``state_dict()``
             repeats the uninterrupted one bit by bit, as far as ``hessian`` does.
         last_epoch: number of the last step done, for building it in the middle of a run; -1 starts at step 0.
 
     Attributes:
-        largest: L, with its residual bound added, at the last refresh.
-        smallest: the smallest Ritz value then.
+        largest: largest Ritz value at the last refresh, its residual bound added.
+        smallest: the smallest then.
+        curvature: L, with its memory.
+        floor: ν, with its memory.
         momentum: β, whether or not it was set.
 
     Raises:
         TypeError: ``optimizer`` is none, or ``hessian`` cannot be called.
-        ValueError: an option out of range; momentum is to be learned and a group has none; the Hessian is not finite, or zero.
+        ValueError: an option out of range; momentum is to be learned and a group has none; the Hessian is not finite, or it is
+            zero at the first refresh (at a later one the rate stays as it is).
 
     ``state_dict()`` leaves ``hessian`` out; give it anew when building the schedule to load into.
 
@@ -265,6 +270,7 @@ class SLQLearningRate(MultiplierLR):
         interval: int = 100,
         lanczos_steps: int = 16,
         learn_momentum: bool = True,
+        memory: float = 0.5,
         max_momentum: float = 0.95,
         seed: int = 0,
         last_epoch: int = -1,
@@ -274,17 +280,19 @@ class SLQLearningRate(MultiplierLR):
         for name, value in (("interval", interval), ("lanczos_steps", lanczos_steps)):
             if not value >= 1:
                 raise ValueError(f"'{name}' must be at least 1, not {value}")
-        if not 0 <= max_momentum < 1:
-            raise ValueError(f"'max_momentum' must be in [0, 1), not {max_momentum}")
+        for name, share in (("memory", memory), ("max_momentum", max_momentum)):
+            if not 0 <= share < 1:
+                raise ValueError(f"'{name}' must be in [0, 1), not {share}")
         if learn_momentum and isinstance(optimizer, Optimizer):
             _need_momentum(optimizer)
         self.hessian = hessian
         self.interval = interval
         self.lanczos_steps = lanczos_steps
         self.learn_momentum = learn_momentum
+        self.memory = memory
         self.max_momentum = max_momentum
         self.seed = seed
-        self.largest = self.smallest = self.momentum = 0.0
+        self.largest = self.smallest = self.curvature = self.floor = self.momentum = 0.0
         self.learned_rate = 0.0
         self.refreshed_at = -interval
         super().__init__(optimizer, last_epoch)
@@ -319,14 +327,20 @@ class SLQLearningRate(MultiplierLR):
         self.largest, self.smallest = float(values[-1] + bounds[-1]), float(values[0])
         top = self.largest if self.largest > 0 else -self.smallest
         if not top > 0:
+            if self.learned_rate:  # a batch that the network fits to the last bit has no curvature: keep the rate
+                self.refreshed_at = step
+                return
             raise ValueError("'hessian' gave zero: there is no curvature to take a rate from")
+        self.curvature = max(top, self.memory * self.curvature + (1 - self.memory) * top)
+        low = abs(self.smallest)
+        self.floor = max(low, self.memory * self.floor + (1 - self.memory) * low)
         root = math.sqrt(self.max_momentum)
         # β falls as μ/L grows: this is the μ/L at which it is max_momentum.
         least = ((1 - root) / (1 + root)) ** 2
-        ratio = min(max(abs(self.smallest) / top, least), 1.0)
+        ratio = min(max(self.floor / self.curvature, least), 1.0)
         self.momentum = ((1 - math.sqrt(ratio)) / (1 + math.sqrt(ratio))) ** 2
         unit = 4 / (1 + math.sqrt(ratio)) ** 2 if self.learn_momentum else 2 / (1 + ratio)
-        self.learned_rate = unit / top
+        self.learned_rate = unit / self.curvature
         self.refreshed_at = step
 
 
