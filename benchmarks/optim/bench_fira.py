@@ -33,7 +33,8 @@ def fifty_steps(width: int, make: Callable[[list[nn.Parameter]], Optimizer]) -> 
     return run
 
 
-def _peer(params: list[nn.Parameter]) -> Optimizer:
+def galore_torch_adamw(params: list[nn.Parameter]) -> Optimizer:
+    """The peer with the options that ours has here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         group = {"params": params, "rank": RANK, "update_proj_gap": GAP, "scale": 0.25, "proj_type": "std"}
@@ -46,7 +47,7 @@ def _bench(name: str, width: int, make: Callable[[list[nn.Parameter]], Optimizer
         setting=f"50 steps, one refresh, rank {RANK}, two {width} x {width} float32 weights",
         ours=fifty_steps(width, make),
         peers={
-            "galore_torch.GaLoreAdamW": fifty_steps(width, _peer),
+            "galore_torch.GaLoreAdamW": fifty_steps(width, galore_torch_adamw),
             "torch.optim.AdamW": fifty_steps(width, lambda p: AdamW(p, lr=1e-3)),
         },
         rounds=5,

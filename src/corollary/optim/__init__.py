@@ -6,7 +6,9 @@ from corollary.optim.adahessian import AdaHessian
 from corollary.optim.adamp import SGDP, AdamP
 from corollary.optim.armijo import ArmijoGD
 from corollary.optim.asam import ASAM
+from corollary.optim.badam import BAdam
 from corollary.optim.batch_sampler import AdaptiveBatchSampler
+from corollary.optim.dct_adamw import DCTAdamW
 from corollary.optim.fira import Fira
 from corollary.optim.frugal import Frugal
 from corollary.optim.galore import GaLore
@@ -55,6 +57,8 @@ __all__ = [
     "TargetSurrogate",
     "TRAM",
     "kl_divergence",
+    "BAdam",
+    "DCTAdamW",
     "Fira",
     "Frugal",
     "GaLore",

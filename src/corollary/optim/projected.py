@@ -214,7 +214,8 @@ class ProjectedAdamW(Optimizer):
             state["step"] = 0
         elif state["step"] % state.get("gap", group["update_proj_gap"]):
             return self.projector.subspace(state, site)
-        before = None if fresh else self.projector.subspace(state, site)
+        compared = group["moments"] == "rotate" or group["lazy_threshold"] is not None
+        before = self.projector.subspace(state, site) if compared and not fresh else None
         if not bool(gradient.isfinite().all()):
             if fresh:
                 state.clear()
@@ -236,9 +237,7 @@ class ProjectedAdamW(Optimizer):
             state["exp_avg_sq"].zero_()
         elif group["moments"] == "rotate" and before is not None:
             for key in ("exp_avg", "exp_avg_sq"):
-                full = torch.zeros_like(gradient, memory_format=torch.contiguous_format)
-                before.add_(full, state[key], 1.0)
-                state[key] = space.project(full)
+                state[key] = space.carry(state[key], before)
             state["exp_avg_sq"].abs_()  # a rotation does not keep squares positive
         if group["lazy_threshold"] is not None:
             _grow_gap(state, before, space, group)
@@ -266,9 +265,12 @@ class ProjectedAdamW(Optimizer):
 
     def _sites(self, group: Mapping[str, Any]) -> dict[Tensor, Site]:
         """The projected parameters of a group, each with its place."""
-        if group["rank"] is None:
-            return {}
-        matrices = [p for p in group["params"] if p.dim() > 1 and p.numel()]
+        matrices = _matrices(group)
+        before = 0
+        for other in self.param_groups:
+            if other is group:
+                break
+            before += len(_matrices(other))
         sites = {}
         for index, param in enumerate(matrices):
             shape = (param.shape[0], param.numel() // param.shape[0])
@@ -277,6 +279,7 @@ class ProjectedAdamW(Optimizer):
                 dtype=param.dtype,
                 rank=self.projector.dimension(group["rank"], shape, len(matrices)),
                 index=index,
+                place=before + index,
                 members=len(matrices),
                 refreshes=self.state[param].get("refreshes", 0) if param in self.state else 0,
                 seed=group["seed"],
@@ -381,6 +384,11 @@ def low_rank_groups(
     if rest:
         groups.append({"params": rest, "rank": None})
     return groups
+
+
+def _matrices(group: Mapping[str, Any]) -> list[Tensor]:
+    """The parameters of a group that are projected."""
+    return [] if group["rank"] is None else [p for p in group["params"] if p.dim() > 1 and p.numel()]
 
 
 def _grow_gap(state: dict[str, Any], before: Subspace | None, space: Subspace, group: Mapping[str, Any]) -> None:

@@ -26,7 +26,8 @@ class Site:
         shape: (m, n) of the gradient matrix.
         dtype: of the gradient.
         rank: dimension of the subspace; for `Blocks` the number of active parameters.
-        index: place of the parameter in its group.
+        index: number of the parameter among those that its group projects.
+        place: the same, counted over all groups.
         members: parameters that the group projects.
         refreshes: how often the subspace was chosen before.
         seed: of the optimizer.
@@ -36,6 +37,7 @@ class Site:
     dtype: torch.dtype
     rank: int
     index: int
+    place: int
     members: int
     refreshes: int
     seed: int
@@ -47,8 +49,8 @@ class Site:
 
     def generator(self, *, shared: bool = False) -> torch.Generator:
         """Randomness that depends on seed, parameter and refresh alone, so that a resumed run draws as the whole one did."""
-        place = (self.seed, self.refreshes) if shared else (self.seed, self.refreshes, self.index)
-        return torch.Generator().manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+        key = (self.seed, self.refreshes) if shared else (self.seed, self.refreshes, self.place)
+        return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 class Projector(ABC):

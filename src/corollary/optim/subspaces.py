@@ -31,6 +31,10 @@ class Subspace(ABC):
         """
         return (_slice_norm_sq(matrix, self.dim) - _slice_norm_sq(low, self.dim)).clamp_(min=0)
 
+    @abstractmethod
+    def carry(self, low: Tensor, earlier: Subspace) -> Tensor:
+        """Coordinates here of the matrix that has coordinates ``low`` in an earlier subspace of the same kind and rank."""
+
     def similarity(self, earlier: Subspace) -> float:
         """How much of an earlier subspace is kept: 1 for all of it, near 0 for none."""
         raise NotImplementedError(f"{type(self).__name__} has no measure of similarity: use refresh='periodic'")
@@ -67,6 +71,12 @@ class Basis(Subspace):
         kept = (turned * wide).sum(self.dim, keepdim=True)
         return (_slice_norm_sq(matrix, self.dim) - 2 * _slice_norm_sq(low, self.dim) + kept).clamp_(min=0)
 
+    def carry(self, low: Tensor, earlier: Subspace) -> Tensor:
+        if not isinstance(earlier, Basis):
+            raise TypeError(f"'earlier' must be a Basis, not {type(earlier).__name__}")
+        turn = earlier.basis.T @ self.basis
+        return low @ turn if self.dim else turn.T @ low
+
     def similarity(self, earlier: Subspace) -> float:
         """|cos| between the leading columns; the sign of a singular vector is arbitrary."""
         if not isinstance(earlier, Basis):
@@ -92,6 +102,12 @@ class Selection(Subspace):
     def add_(self, out: Tensor, low: Tensor, alpha: float) -> None:
         out.index_add_(self.dim, self.indices, low.to(out.dtype), alpha=alpha)
 
+    def carry(self, low: Tensor, earlier: Subspace) -> Tensor:
+        if not isinstance(earlier, Selection):
+            raise TypeError(f"'earlier' must be a Selection, not {type(earlier).__name__}")
+        same = (earlier.indices[:, None] == self.indices[None, :]).to(low.dtype)
+        return low @ same if self.dim else same.T @ low
+
     def similarity(self, earlier: Subspace) -> float:
         """The share of the indices that both have."""
         if not isinstance(earlier, Selection):
@@ -113,6 +129,9 @@ class Whole(Subspace):
     def residual_norm_sq(self, matrix: Tensor, low: Tensor) -> Tensor:
         return torch.zeros_like(_slice_norm_sq(matrix, self.dim))
 
+    def carry(self, low: Tensor, earlier: Subspace) -> Tensor:
+        return low
+
 
 class Nothing(Subspace):
     """The empty subspace: everything is residual, and there is no state."""
@@ -124,6 +143,9 @@ class Nothing(Subspace):
 
     def add_(self, out: Tensor, low: Tensor, alpha: float) -> None:
         pass
+
+    def carry(self, low: Tensor, earlier: Subspace) -> Tensor:
+        return low
 
 
 def _half(x: Tensor) -> bool:

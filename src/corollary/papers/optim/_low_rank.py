@@ -20,7 +20,8 @@ from torch.optim import AdamW, Optimizer
 from corollary.claims import Trial
 from corollary.data import TokenStream, stdlib_text
 from corollary.models import GPT
-from corollary.optim import Fira, Frugal, GaLore, ProjectedAdamW, low_rank_groups, state_bytes
+from corollary.optim import BAdam, DCTAdamW, Fira, Frugal, GaLore, ProjectedAdamW, low_rank_groups, state_bytes
+from corollary.optim.projectors import Columns
 from corollary.optim.residuals import NormScaled
 from corollary.testing.optimizer import Problem
 
@@ -82,6 +83,12 @@ METHODS: dict[str, Callable[..., Optimizer]] = {
     "Fira, unscaled": preset(ProjectedAdamW, projector="randomized", residual=NormScaled(scaled=False)),
     "Random subspace": preset(ProjectedAdamW, projector="random", residual="drop"),
     "Frugal": preset(Frugal, projector="columns"),
+    "Random columns": preset(Frugal, projector="columns", residual="drop"),
+    "BAdam": preset(BAdam),
+    "BAdam, drawn otherwise": preset(BAdam, seed=1),
+    "DCTAdamW": preset(DCTAdamW, update_proj_gap=1),
+    "GaLore, exact": preset(GaLore, scale=1.0, projector="svd"),
+    "Random waves": preset(ProjectedAdamW, projector=Columns(None), moments="rotate", update_proj_gap=1),
 }
 """``make(model, lr, rank, **options)`` by name; presets that other papers bring are added by them"""
 
@@ -146,9 +153,9 @@ def steps_of(trial: Trial) -> int:
     return trial.pick(smoke=6, laptop=300, full=3000)
 
 
-def best_rate(trial: Trial, method: str, rank: float = RANK, options: Options = ()) -> float:
-    """The learning rate of `RATES` with the lowest validation loss on the tuning seed."""
-    return min(RATES, key=lambda lr: pretrain(method, lr, trial.seed, steps_of(trial), rank, options).loss)
+def best_rate(trial: Trial, method: str, rank: float = RANK, rates: tuple[float, ...] = RATES) -> float:
+    """The learning rate with the lowest validation loss on the tuning seed."""
+    return min(rates, key=lambda lr: pretrain(method, lr, trial.seed, steps_of(trial), rank).loss)
 
 
 def tune(*methods: str, rank: float = RANK) -> Callable[..., dict[str, float]]:
@@ -196,6 +203,7 @@ def projected_oracle(
     choose: Callable[[Array, int, int, int, int], tuple[Array, int]] = svd_basis,
     rest: Callable[..., Array] | None = None,
     reset: bool = False,
+    rotate: bool = False,
 ) -> list[list[Array]]:
     """A projected AdamW in numpy, with the basis as a matrix and the residual formed in full.
 
@@ -215,7 +223,13 @@ def projected_oracle(
             else:
                 matrix = g.reshape(g.shape[0], -1)
                 if memory["age"] % update_proj_gap == 0:
+                    old = memory.get("basis")
                     memory["basis"] = choose(matrix, rank, index, memory["refreshes"], seed)
+                    if rotate and old is not None:
+                        for key in ("m", "v"):
+                            full = _back(memory[key], *old)
+                            memory[key] = full @ memory["basis"][0] if old[1] else memory["basis"][0].T @ full
+                        memory["v"] = np.abs(memory["v"])
                     memory["refreshes"] += 1
                     if reset:
                         memory["t"] = 0
