@@ -37,10 +37,11 @@ def quantize(
     .. math:: s = (b - a) / Q, \qquad z = \mathrm{round}(-a / s), \qquad q = \mathrm{clip}(\mathrm{round}(x / s) + z, 0, Q).
 
     With ``stochastic`` the rounding of x / s goes up with a probability equal to its fraction, so that its expected value is
-    x / s: small changes survive on average, where rounding to nearest would lose them every time.
+    x / s: small changes survive on average, where rounding to nearest would lose them every time. There s = (b - a) / (Q - 1) and
+    z = -floor(a / s), a step to spare, so that no code has to be clipped and the expected value is exact at the extremes too.
 
     Args:
-        x: floating tensor of any shape, finite.
+        x: floating tensor of any shape with entries, finite.
         bits: 4 or 8.
         group_size: entries that share a step; the last group may be shorter.
         stochastic: round at random instead of to nearest.
@@ -51,7 +52,7 @@ def quantize(
 
     Raises:
         TypeError: ``x`` is not a floating tensor.
-        ValueError: ``bits`` is neither 4 nor 8, or ``group_size`` below 1.
+        ValueError: ``bits`` is neither 4 nor 8, ``group_size`` below 1, or ``x`` empty, NaN or infinite.
 
     Deviations: where all values of a group have one sign, the range is widened to 0, so that the zero point fits its byte; the
     authors' code clips the zero point instead, which shifts such groups. It also floors the range at 1e-5, which loses small
@@ -70,15 +71,21 @@ def quantize(
         raise ValueError(f"'bits' must be 4 or 8, not {bits}")
     if group_size < 1:
         raise ValueError(f"'group_size' must be at least 1, not {group_size}")
+    if not x.numel():
+        raise ValueError(f"'x' must have entries; its shape is {tuple(x.shape)}")
     top = 2**bits - 1
     groups = _grouped(x.detach().reshape(-1), group_size)
     wide = groups.float() if x.dtype in (torch.float16, torch.bfloat16) else groups
-    low, high = wide.amin(1).clamp_(max=0), wide.amax(1).clamp_(min=0)
+    low, high = wide.amin(1), wide.amax(1)  # on a CPU far faster than aminmax
+    if not bool((high - low).isfinite().all()):  # a NaN anywhere in a group is in its extremes
+        raise ValueError("'x' must be finite, and so must the range of each group; NaN or infinity came")
+    low, high = low.clamp_(max=0), high.clamp_(min=0)
     # The step is rounded to its stored dtype first: codes must fit the step that they will be read with.
-    scale = ((high - low) / top).to(x.dtype)
+    scale = ((high - low) / (top - stochastic)).to(x.dtype)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a group of zeros needs some step
     steps = scale.to(wide.dtype)
-    zero = (-low / steps).round_().clamp_(0, top)
+    place = -low / steps
+    zero = (place.ceil_() if stochastic else place.round_()).clamp_(0, top)
     level = wide / steps[:, None]
     if stochastic:
         noise = torch.rand(level.shape, generator=generator, dtype=level.dtype, device=level.device)
@@ -126,7 +133,7 @@ def dequantize(stored: Quantized, shape: tuple[int, ...] | torch.Size, bits: int
     codes = torch.stack([stored.codes & 15, stored.codes >> 4], dim=1).reshape(-1)[:n] if bits == 4 else stored.codes
     wide = torch.float32 if stored.scale.dtype in (torch.float16, torch.bfloat16) else stored.scale.dtype
     levels = _grouped(codes.to(wide), group_size)
-    values = (levels - stored.zero.to(wide)[:, None]) * stored.scale.to(wide)[:, None]
+    values = levels.sub_(stored.zero.to(wide)[:, None]).mul_(stored.scale.to(wide)[:, None])  # levels are a copy
     return values.reshape(-1)[:n].reshape(shape).to(stored.scale.dtype)
 
 

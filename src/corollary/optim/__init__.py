@@ -13,6 +13,7 @@ from corollary.optim.fira import Fira
 from corollary.optim.frugal import Frugal
 from corollary.optim.galore import GaLore
 from corollary.optim.gradient_normalized_smoothness import GradientNormalizedNewton
+from corollary.optim.int8_weight import Int8Weight, quantize_weights_
 from corollary.optim.joint import JointOptimizer, split_parameters
 from corollary.optim.last_iterate_sgd import CompositeMirrorDescent, LastIterateLR
 from corollary.optim.lion_k import L1, Entropic, GroupL2, Huber, Kappa, LionK, LogCosh, Lp
@@ -22,11 +23,12 @@ from corollary.optim.matrix_free_fisher import MatrixFreeFisher
 from corollary.optim.mfac_prune import mfac_prune
 from corollary.optim.multiplier_lr import MultiplierLR
 from corollary.optim.projected import ProjectedAdamW, low_rank_groups
+from corollary.optim.q_galore import QGaLore
 from corollary.optim.refined_schedules import GradNormRecorder, LinearDecay, RefinedSchedule, refine_schedule
 from corollary.optim.rsgd import RiemannianSGD
 from corollary.optim.sam import SAM
 from corollary.optim.sliding_fisher import SlidingFisher
-from corollary.optim.state_bytes import state_bytes
+from corollary.optim.state_bytes import state_bytes, weight_bytes
 from corollary.optim.target_surrogates import SSO, TargetSurrogate
 from corollary.optim.tram import TRAM, kl_divergence
 
@@ -38,6 +40,8 @@ __all__ = [
     "AdaHessian",
     "ArmijoGD",
     "ASAM",
+    "Int8Weight",
+    "quantize_weights_",
     "JointOptimizer",
     "split_parameters",
     "SLQLearningRate",
@@ -64,8 +68,10 @@ __all__ = [
     "GaLore",
     "GradientNormalizedNewton",
     "ProjectedAdamW",
+    "QGaLore",
     "low_rank_groups",
     "state_bytes",
+    "weight_bytes",
     "AdamP",
     "SGDP",
     "LionK",

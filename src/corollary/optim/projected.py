@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from corollary.optim._checks import check_options, keep_dtypes, refuse_params, refuse_sparse, saved_states
+from corollary.optim.int8_weight import Int8Weight
 from corollary.optim.projectors import NAMED as PROJECTORS
 from corollary.optim.projectors import Projector, Site
 from corollary.optim.residuals import NAMED as RESIDUALS
@@ -67,6 +69,10 @@ class ProjectedAdamW(Optimizer):
         RuntimeError: a sparse gradient.
 
     A NaN gradient between two refreshes passes into its parameter, as in AdamW.
+
+    An `Int8Weight` is brought to its dtype, one parameter at a time, and written back with stochastic rounding whose randomness
+    depends on ``seed``, the parameter's place and its step alone. A NaN or infinite gradient of one raises ValueError before its
+    group moves: no code stands for NaN.
 
     When not to use it: when optimizer state is no bottleneck; full AdamW is simpler and at least as good a step for step.
 
@@ -161,6 +167,7 @@ class ProjectedAdamW(Optimizer):
         params: list[Tensor] = []
         lows: list[Tensor] = []
         spaces: list[Subspace | None] = []
+        _need_finite_gradients(group["params"])
         sites = self._sites(group)
         for param in group["params"]:
             if param.grad is None:
@@ -179,33 +186,55 @@ class ProjectedAdamW(Optimizer):
             return
         updates, steps = self._adam(params, lows, group)
         lr = float(group["lr"])
-        if group["weight_decay"]:
-            _batched(torch._foreach_mul_, group, params, 1 - lr * group["weight_decay"])
+        decay = 1 - lr * group["weight_decay"]
+        floating = [param for param in params if not isinstance(param, Int8Weight)]
+        if group["weight_decay"] and floating:
+            _batched(torch._foreach_mul_, group, floating, decay)
         beta1, beta2 = group["betas"]
         corrections = [math.sqrt(1 - beta2**t) / (1 - beta1**t) for t in steps]
         whole = [i for i, space in enumerate(spaces) if space is None]
         if whole:
             moves = [updates[i] for i in whole]
             _batched(torch._foreach_mul_, group, moves, [-lr * corrections[i] for i in whole])
-            _batched(torch._foreach_add_, group, [params[i] for i in whole], moves)
+            dense = [(params[i], move) for i, move in zip(whole, moves, strict=True) if not isinstance(params[i], Int8Weight)]
+            if dense:
+                _batched(torch._foreach_add_, group, *map(list, zip(*dense, strict=True)))
         for i, space in enumerate(spaces):
-            if space is None:
-                continue
-            param, rate = params[i], lr * group["scale"]
-            matrix = param.flatten(1)
-            assert param.grad is not None
-            self.residual.apply_(
-                matrix,
-                param.grad.flatten(1),
-                lows[i],
-                updates[i],
-                space,
-                self.state[param],
-                lr=rate,
-                step_size=rate * corrections[i],
-            )
-            if matrix.data_ptr() != param.data_ptr():  # a layout that cannot be viewed as a matrix, such as channels_last
-                param.copy_(matrix.view_as(param))
+            param, held = params[i], None
+            if isinstance(param, Int8Weight):
+                held, param = param, param.dequantize()
+                if group["weight_decay"]:
+                    param.mul_(decay)
+                if space is None:
+                    param.add_(updates[i])
+            if space is not None:
+                matrix, gradient = param.flatten(1), params[i].grad
+                assert gradient is not None
+                rate = lr * group["scale"]
+                self.residual.apply_(
+                    matrix,
+                    gradient.flatten(1),
+                    lows[i],
+                    updates[i],
+                    space,
+                    self.state[params[i]],
+                    lr=rate,
+                    step_size=rate * corrections[i],
+                )
+                if matrix.data_ptr() != param.data_ptr():  # a layout that cannot be viewed as a matrix, such as channels_last
+                    param.copy_(matrix.view_as(param))
+            if held is not None:
+                held.write_(param, generator=self._rounding(held, group))
+
+    def _rounding(self, param: Tensor, group: Mapping[str, Any]) -> torch.Generator:
+        """Randomness of one write: seed, place of the parameter and its step, so that a resumed run rounds as the whole one."""
+        number = next(i for i, other in enumerate(self.param_groups) if other is group)
+        place = next(i for i, other in enumerate(group["params"]) if other is param)
+        state = self.state[param]
+        # The step starts again where moments are reset; with the count of refreshes it never comes twice.
+        key = (group["seed"], number + 1, place, state.get("refreshes", 0), state["step"])
+        generator = torch.Generator(param.device)
+        return generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
     def _space(self, gradient: Tensor, state: dict[str, Any], site: Site, group: dict[str, Any]) -> Subspace:
         """The subspace in force at this step, chosen anew where it is due."""
@@ -389,6 +418,20 @@ def low_rank_groups(
 def _matrices(group: Mapping[str, Any]) -> list[Tensor]:
     """The parameters of a group that are projected."""
     return [] if group["rank"] is None else [p for p in group["params"] if p.dim() > 1 and p.numel()]
+
+
+def _need_finite_gradients(params: Sequence[Tensor]) -> None:
+    """Refuse what cannot be written back into 8 bits before anything moves."""
+    for param in params:
+        if not isinstance(param, Int8Weight) or param.grad is None:
+            continue
+        # A sum is finite only if every entry is, and on a CPU it is far cheaper than a test of each.
+        wide = torch.float32 if param.dtype in (torch.float16, torch.bfloat16) else None
+        if not math.isfinite(float(param.grad.sum(dtype=wide))):
+            raise ValueError(
+                f"the gradient of an Int8Weight of shape {tuple(param.shape)} holds NaN or infinity, which 8 bits cannot hold: skip "
+                "this step, or clip the gradients"
+            )
 
 
 def _grow_gap(state: dict[str, Any], before: Subspace | None, space: Subspace, group: Mapping[str, Any]) -> None:

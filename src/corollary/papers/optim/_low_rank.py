@@ -20,7 +20,19 @@ from torch.optim import AdamW, Optimizer
 from corollary.claims import Trial
 from corollary.data import TokenStream, stdlib_text
 from corollary.models import GPT
-from corollary.optim import BAdam, DCTAdamW, Fira, Frugal, GaLore, ProjectedAdamW, low_rank_groups, state_bytes
+from corollary.optim import (
+    BAdam,
+    DCTAdamW,
+    Fira,
+    Frugal,
+    GaLore,
+    ProjectedAdamW,
+    QGaLore,
+    low_rank_groups,
+    quantize_weights_,
+    state_bytes,
+    weight_bytes,
+)
 from corollary.optim.projectors import Columns
 from corollary.optim.residuals import NormScaled
 from corollary.testing.optimizer import Problem
@@ -75,6 +87,15 @@ def preset(kind: Callable[..., ProjectedAdamW], **defaults: Any) -> Callable[...
     return make
 
 
+def _q_galore(
+    model: nn.Module, lr: float, rank: float, *, int8: bool = True, stochastic: bool = True, **options: Any
+) -> Optimizer:
+    """Q-GaLore with the weights of linear layers in 8 bits."""
+    if int8:
+        quantize_weights_(model, stochastic=stochastic)
+    return preset(QGaLore, scale=1.0)(model, lr, rank, **options)
+
+
 METHODS: dict[str, Callable[..., Optimizer]] = {
     "AdamW": _adamw,
     "LoRA": _lora,
@@ -89,6 +110,7 @@ METHODS: dict[str, Callable[..., Optimizer]] = {
     "DCTAdamW": preset(DCTAdamW, update_proj_gap=1),
     "GaLore, exact": preset(GaLore, scale=1.0, projector="svd"),
     "Random waves": preset(ProjectedAdamW, projector=Columns(None), moments="rotate", update_proj_gap=1),
+    "QGaLore": _q_galore,
 }
 """``make(model, lr, rank, **options)`` by name; presets that other papers bring are added by them"""
 
@@ -100,12 +122,16 @@ class Run:
     Args:
         loss: validation loss at the end, in nats a byte, at most twice that of guessing.
         state_bytes: optimizer state at the end.
+        weight_bytes: the model's parameters and buffers.
+        refreshes: how often a subspace was chosen, over all parameters.
         step_seconds: mean time of the optimizer's step alone, its refreshes included.
         curve: training loss of each step.
     """
 
     loss: float
     state_bytes: int
+    weight_bytes: int
+    refreshes: int
     step_seconds: float
     curve: tuple[float, ...]
 
@@ -145,7 +171,8 @@ def pretrain(method: str, lr: float, seed: int, steps: int, rank: float = RANK, 
     with torch.no_grad():
         value = cross_entropy(net(x).flatten(0, 1), y.flatten())
     capped = float(value.nan_to_num(nan=math.inf).clamp(max=2 * math.log(stream.vocab_size)))
-    return Run(capped, state_bytes(optimizer), seconds / steps, tuple(curve))
+    refreshes = sum(state.get("refreshes", 0) for state in optimizer.state.values())
+    return Run(capped, state_bytes(optimizer), weight_bytes(net), refreshes, seconds / steps, tuple(curve))
 
 
 def steps_of(trial: Trial) -> int:
@@ -182,6 +209,30 @@ def svd_basis(matrix: Array, rank: int, index: int, refreshes: int, seed: int) -
     return np.stack([column * np.sign(column[np.argmax(np.abs(column))]) for column in basis.T], axis=1), dim
 
 
+def round_trip(x: Array, bits: int, group_size: int = 256, noise: Array | None = None) -> Array:
+    """What codes of ``bits`` bits keep of ``x``, group by group and entry by entry; to nearest, or down after adding ``noise``.
+
+    ``noise`` has shape (groups, group_size), the last row as long as the others.
+    """
+    top = 2**bits - 1
+    flat, kept = x.reshape(-1), np.empty(x.size)
+    for number, begin in enumerate(range(0, x.size, group_size)):
+        group = flat[begin : begin + group_size]
+        low, high = min(0.0, float(group.min())), max(0.0, float(group.max()))
+        step = ((high - low) / (top if noise is None else top - 1)) or 1.0
+        zero = round(-low / step) if noise is None else math.ceil(-low / step)
+        for i, value in enumerate(group):
+            level = round(value / step) if noise is None else math.floor(value / step + noise[number, i])
+            kept[begin + i] = (min(max(level + zero, 0), top) - zero) * step
+    return kept.reshape(x.shape)
+
+
+def int4_basis(matrix: Array, rank: int, index: int, refreshes: int, seed: int) -> tuple[Array, int]:
+    """Leading singular vectors in 4 bits."""
+    basis, dim = svd_basis(matrix, rank, index, refreshes, seed)
+    return round_trip(basis, 4), dim
+
+
 def column_basis(matrix: Array, rank: int, index: int, refreshes: int, seed: int) -> tuple[Array, int]:
     """Columns of the identity at the drawn places."""
     order = torch.randperm(matrix.shape[1], generator=draw(seed, refreshes, index))
@@ -204,11 +255,15 @@ def projected_oracle(
     rest: Callable[..., Array] | None = None,
     reset: bool = False,
     rotate: bool = False,
+    lazy: tuple[float, int, int] | None = None,
+    write: Callable[[Array, int, dict[str, Any]], Array] | None = None,
 ) -> list[list[Array]]:
     """A projected AdamW in numpy, with the basis as a matrix and the residual formed in full.
 
     ``rest(residual, low, direction, memory, dim, correction)`` gives what is subtracted, times lr, beside the projected update;
     ``direction`` is Adam's before bias correction, ``correction`` that factor, ``memory`` a dict of the parameter's.
+    ``lazy`` is (threshold, window, factor) of the similarity rule; ``write(p, index, memory)`` gives what storing a projected
+    parameter keeps of it.
     """
     params = [p.copy() for p in problem.start]
     memories: list[dict[str, Any]] = [{"t": 0, "age": 0, "refreshes": 0} for _ in params]
@@ -222,7 +277,7 @@ def projected_oracle(
                 basis, dim, matrix = None, 1, g
             else:
                 matrix = g.reshape(g.shape[0], -1)
-                if memory["age"] % update_proj_gap == 0:
+                if memory["age"] % memory.setdefault("gap", update_proj_gap) == 0:
                     old = memory.get("basis")
                     memory["basis"] = choose(matrix, rank, index, memory["refreshes"], seed)
                     if rotate and old is not None:
@@ -230,6 +285,12 @@ def projected_oracle(
                             full = _back(memory[key], *old)
                             memory[key] = full @ memory["basis"][0] if old[1] else memory["basis"][0].T @ full
                         memory["v"] = np.abs(memory["v"])
+                    if lazy is not None and old is not None:
+                        a, b = old[0][:, 0], memory["basis"][0][:, 0]
+                        memory.setdefault("cosines", []).append(abs(a @ b) / (np.linalg.norm(a) * np.linalg.norm(b)))
+                        recent = memory["cosines"][-lazy[1] :]
+                        if len(recent) == lazy[1] and sum(recent) / lazy[1] >= lazy[0]:
+                            memory["gap"] *= lazy[2]
                     memory["refreshes"] += 1
                     if reset:
                         memory["t"] = 0
@@ -253,6 +314,8 @@ def projected_oracle(
                 correction = math.sqrt(second) / first
                 change = change + rest(matrix - _back(low, basis, dim), low, direction / correction, memory, dim, correction)
             p -= lr * scale * change.reshape(p.shape)
+            if write is not None:
+                p[...] = write(p, index - 1, memory)
         path.append([p.copy() for p in params])
     return path
 
