@@ -301,3 +301,26 @@ def test_foreach_equals_the_loop_for_every_kappa(kappa: Kappa) -> None:
 def test_bad_arguments_are_named(call: Callable[[Any], Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         call([nn.Parameter(torch.ones(2))])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kappa", KAPPAS, ids=repr)
+def test_a_nan_is_not_hidden(kappa: Kappa, dtype: torch.dtype) -> None:
+    """The sign of NaN is 0 to torch."""
+    matrix, vector = nn.Parameter(torch.ones(2, 3, dtype=dtype)), nn.Parameter(torch.ones(3, dtype=dtype))
+    optimizer = LionK([matrix, vector], kappa=kappa)
+    for p in (matrix, vector):
+        p.grad = torch.ones_like(p)
+        p.grad.view(-1)[1] = float("nan")
+    optimizer.step()
+    assert matrix[0, 1].isnan()
+    assert vector[1].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_lions_step_is_lr_in_every_entry_and_dtype(dtype: torch.dtype) -> None:
+    weight = nn.Parameter(torch.zeros(5, dtype=dtype))
+    weight.grad = torch.tensor([1e-4, -1e4, 0.0, 3.0, -1.0], dtype=dtype)
+    LionK([weight], lr=0.25).step()
+    wanted = torch.tensor([-0.25, 0.25, 0.0, -0.25, 0.25], dtype=dtype)
+    torch.testing.assert_close(weight.detach(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=0)

@@ -315,7 +315,8 @@ def _common_options(group: Mapping[str, Any]) -> dict[str, tuple[bool, str]]:
 
 
 def _on_host(params: Sequence[Tensor]) -> bool:
-    return params[0].device.type == "cpu" and not is_distributed(params[0])
+    """Whether a decision may be looked at for nothing; a compiled step must not depend on one."""
+    return params[0].device.type == "cpu" and not is_distributed(params[0]) and not torch.compiler.is_compiling()
 
 
 def _one_pass(*lists: Sequence[Tensor]) -> bool:

@@ -44,6 +44,10 @@ class Kappa(ABC):
         """`gradient` of each tensor; give it a ``foreach`` form where there is one."""
         return [self.gradient(x) for x in xs]
 
+    def move(self, params: list[Tensor], xs: list[Tensor], size: float) -> None:
+        """Add ``size`` times the gradient at each of ``xs``, which may be overwritten, to its parameter."""
+        torch._foreach_add_(params, self.gradients(xs), alpha=size)
+
 
 @dataclass(frozen=True)
 class L1(Kappa):
@@ -59,11 +63,21 @@ class L1(Kappa):
         return x.abs().sum()
 
     def gradient(self, x: Tensor) -> Tensor:
-        return x.sign_()
+        return _sign(x)
 
-    def gradients(self, xs: list[Tensor]) -> list[Tensor]:
-        torch._foreach_sign_(xs)
-        return xs
+    def move(self, params: list[Tensor], xs: list[Tensor], size: float) -> None:
+        limit = {torch.float32: 1e-30, torch.bfloat16: 2.0**-100, torch.float64: 1e-200}.get(xs[0].dtype)
+        if limit is None:  # float16 has no numbers so small
+            super().move(params, xs, size)
+            return
+        # The sign without hiding NaN, in as many passes: clipped to a tiny value, and that scaled up while it is added.
+        if xs[0].device.type == "cpu":
+            for x in xs:
+                x.clamp_(-limit, limit)
+        else:
+            torch._foreach_clamp_min_(xs, -limit)
+            torch._foreach_clamp_max_(xs, limit)
+        torch._foreach_add_(params, xs, alpha=size / limit)
 
     def conjugate(self, y: Tensor) -> Tensor:
         return torch.zeros_like(y).sum()
@@ -155,7 +169,7 @@ class GroupL2(Kappa):
     def gradient(self, x: Tensor) -> Tensor:
         others = self._others(x)
         if not others or not x.numel():
-            return x.sign_()
+            return _sign(x)
         x.div_(x.abs().amax(others, keepdim=True).clamp_min(_tiny(x)))  # else a square could over- or underflow
         return x.div_(torch.linalg.vector_norm(x, dim=others, keepdim=True).clamp_min(1))
 
@@ -305,6 +319,7 @@ class LionK(BatchedOptimizer):
         foreach: update all parameters of a dtype and device together; None means yes.
 
     State, for each parameter: ``exp_avg`` (m) in the parameter's dtype. A saved state holds kappa's ``repr`` in its place.
+    A NaN in a gradient shows in its parameter, where the sign of other Lions makes it a zero and the momentum NaN for good.
 
     Raises:
         ValueError: a hyperparameter out of range, a loaded state of another shape or of another kappa.
@@ -393,10 +408,9 @@ class LionK(BatchedOptimizer):
         torch._foreach_lerp_(means, grads, 1 - beta2)
         if not kappa.even:
             torch._foreach_neg_(mixed)
-        directions = kappa.gradients(mixed)
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(params, directions, alpha=-lr if kappa.even else lr)
+        kappa.move(params, mixed, -lr if kappa.even else lr)
 
     @torch.no_grad()
     def excess(self) -> Tensor:
@@ -444,6 +458,10 @@ class LionK(BatchedOptimizer):
                 conjugate = kappa.conjugate(decay * p)
                 total = total + conjugate / decay + weight * (conjugate + kappa.value(-m) + decay * (p * m).sum())
         return total
+
+
+def _sign(x: Tensor) -> Tensor:
+    return torch.where(x.isnan(), x, x.sign())  # torch's sign of NaN is 0, which would hide it
 
 
 def _tiny(x: Tensor) -> float:
