@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import corollary.optim._scale_invariant as projection
+import corollary.optim.adamp as module
 from corollary.models import GPT, ResNet
 from corollary.optim import SGDP, AdamP
 
@@ -199,22 +201,18 @@ def test_no_layout_in_memory_is_misread(laid: str, make: Make) -> None:
 @pytest.mark.parametrize("make", [lambda p: AdamP(p, lr=0.01, nesterov=True), lambda p: AdamP(p, lr=0.01)])
 def test_the_fused_and_the_foreach_path_agree(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an accelerator runs, on the CPU."""
-    import corollary.optim.adamp as module
-
     fused, _ = _trajectory("resnet", make)
     monkeypatch.setattr(module, "_one_pass", lambda *_: False)
-    monkeypatch.setattr(module, "_on_host", lambda _: False)
+    monkeypatch.setattr(projection, "on_host", lambda _: False)
     plain, _ = _trajectory("resnet", make)
     torch.testing.assert_close(fused[-1], plain[-1], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("options", _SGD)
 def test_sgdps_fused_and_foreach_path_agree(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    import corollary.optim.adamp as module
-
     fused, _ = _trajectory("resnet", lambda p: SGDP(p, lr=0.05, **options))
     monkeypatch.setattr(module, "_one_pass", lambda *_: False)
-    monkeypatch.setattr(module, "_on_host", lambda _: False)
+    monkeypatch.setattr(projection, "on_host", lambda _: False)
     plain, _ = _trajectory("resnet", lambda p: SGDP(p, lr=0.05, **options))
     torch.testing.assert_close(fused[-1], plain[-1], rtol=0, atol=1e-12)
 

@@ -15,8 +15,9 @@ from corollary.optim.galore import GaLore
 from corollary.optim.gradient_normalized_smoothness import GradientNormalizedNewton
 from corollary.optim.int8_weight import Int8Weight, quantize_weights_
 from corollary.optim.joint import JointOptimizer, split_parameters
+from corollary.optim.kappas import L1, Entropic, GroupL2, Huber, Kappa, LogCosh, Lp
 from corollary.optim.last_iterate_sgd import CompositeMirrorDescent, LastIterateLR
-from corollary.optim.lion_k import L1, Entropic, GroupL2, Huber, Kappa, LionK, LogCosh, Lp
+from corollary.optim.lion_k import LionK
 from corollary.optim.lr_vs_batch import SLQLearningRate, batch_eigenvalues, batch_noise, scale_lr
 from corollary.optim.m_fac import MFAC
 from corollary.optim.matrix_free_fisher import MatrixFreeFisher

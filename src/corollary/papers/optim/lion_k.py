@@ -157,7 +157,7 @@ def convex_optimum(f: Quadratic, kappa: Kappa, decay: float, shape: tuple[int, i
         case _:
             raise ValueError(f"no convex program is written for {kappa!r}")
     problem = cp.Problem(cp.Minimize(loss + penalty / decay), inside)
-    problem.solve(solver=cp.CLARABEL, tol_gap_abs=1e-11, tol_gap_rel=1e-11, tol_feas=1e-11)
+    problem.solve(solver=cp.CLARABEL, tol_gap_abs=1e-10, tol_gap_rel=1e-10)
     return np.asarray(x.value)
 
 
@@ -218,7 +218,7 @@ def enters_and_stays(trial: Trial, method: type[LionK] = LionK) -> Exact:
     """
     data = digits(seed=trial.seed, flat=True)
     x, y = data.train_x.double(), data.train_y
-    lr, decay, steps = 0.01, 4.0, trial.pick(smoke=20, laptop=200)
+    lr, decay, steps = 0.01, 4.0, trial.pick(smoke=20, laptop=100)
     worst, curves = 0.0, {}
     for kappa in KAPPAS:
         net = MLP(x.shape[1], [16], len(data.classes)).double()
@@ -265,7 +265,7 @@ Measure = Callable[[LionK, float], float]
 @claim(control={"measure": _objective})
 def lyapunov_second_order(trial: Trial, measure: Measure = _lyapunov) -> Exact:
     """By how much any step raises the function more than L/2 times the step's squared length, for each kappa and rate."""
-    shape, decay, steps = (3, 4), 0.5, trial.pick(smoke=20, laptop=200)
+    shape, decay, steps = (3, 4), 0.5, trial.pick(smoke=20, laptop=100)
     worst = 0.0
     for kappa in KAPPAS:
         for lr in (0.3, 0.1, 0.03, 0.01):
