@@ -240,6 +240,9 @@ class SLQLearningRate(MultiplierLR):
 
     ``state_dict()`` leaves ``hessian`` out; give it anew when building the schedule to load into.
 
+    A positive semidefinite matrix (Gauss-Newton) shows no noise below zero: its smallest Ritz value is tiny, and the momentum
+    goes to ``max_momentum``.
+
     When not to use it: where a batch's loss has no second derivative; where the Hessian changes much within ``interval``
     steps; with a warm-up of its own, unless ``SequentialLR`` puts that first.
 
