@@ -8,6 +8,7 @@ import mkdocs_gen_files
 from bench_page import benchmark_page
 from cli_page import command_line_page
 from paper_pages import component_table, paper_pages
+from pretraining_page import pretraining_page
 from reference_pages import reference_pages
 
 from corollary.claims import catalogue
@@ -31,6 +32,10 @@ for name, text in {**paper_pages(board), **reference_pages(ROOT / "src" / "corol
     write(name, text)
 write("guide/cli.md", command_line_page())
 write("benchmarks.md", benchmark_page(ROOT / "benchmarks" / "results.json"))
+page, plot = pretraining_page(ROOT / "benchmarks" / "pretraining.json")
+write("pretraining.md", page)
+if plot:
+    write("pretraining.svg", plot)
 write("contributing.md", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), ROOT / "CONTRIBUTING.md")
 
 # A guide page names its package's components where it says so, from the records: no list is kept by hand.
