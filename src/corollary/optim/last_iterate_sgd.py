@@ -26,7 +26,7 @@ class CompositeMirrorDescent(Optimizer):
     r"""Stochastic mirror descent for f + h: the gradient of f is followed, the simple term h is minimized exactly.
 
     .. math::
-        x_{t+1} = \arg\min_x \; h(x) + \langle g_t, x \rangle + \frac{1}{η_t} D_ψ(x, x_t), \qquad
+        x_{t+1} = \operatorname{argmin}_x \; h(x) + \langle g_t, x \rangle + \frac{1}{η_t} D_ψ(x, x_t), \qquad
         D_ψ(x, y) = ψ(x) - ψ(y) - \langle ∇ψ(y), x - y \rangle
 
     All combinations below have a closed form: a step :math:`z = ∇ψ(x_t) - η_t g_t` in the dual, there the shrinkage of ``l1`` or
