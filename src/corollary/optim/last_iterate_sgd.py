@@ -27,19 +27,20 @@ class CompositeMirrorDescent(Optimizer):
 
     .. math::
         x_{t+1} = \operatorname{argmin}_x \; h(x) + \langle g_t, x \rangle + \frac{1}{η_t} D_ψ(x, x_t), \qquad
+        x_{t+1} = \mathrm{argmin}_x \; h(x) + \langle g_t, x \rangle + \frac{1}{η_t} D_ψ(x, x_t), \qquad
         D_ψ(x, y) = ψ(x) - ψ(y) - \langle ∇ψ(y), x - y \rangle
 
     All combinations below have a closed form: a step :math:`z = ∇ψ(x_t) - η_t g_t` in the dual, there the shrinkage of ``l1`` or
     ``mirror``, the way back by :math:`∇ψ^*`, and here the projection onto a set.
 
-    ============= =========================================================== ==========================================
-    ``mirror``    ψ(x)                                                        ``composite`` h
-    ============= =========================================================== ==========================================
-    ``euclidean`` ‖x‖² / 2                                                    none, l1, mirror, box, ball, simplex
-    ``p_norm``    ‖x‖ₚ² / (2 (p - 1)), 1 < p = ``order`` ≤ 2                    none, l1, mirror
-    ``power``     2^(q-2) ‖x‖^q / q, q = ``order`` ≥ 2                          none, l1, mirror, ball
-    ``entropy``   Σ xᵢ log xᵢ on the probability simplex                      none, mirror
-    ============= =========================================================== ==========================================
+    =============  ===============================================  =========================================
+    ``mirror``     ψ(x)                                             ``composite`` h
+    =============  ===============================================  =========================================
+    ``euclidean``  ‖x‖² / 2                                         none, l1, mirror, box, ball, simplex
+    ``p_norm``     ‖x‖ₚ² / (2 (p - 1)), 1 < p = ``order`` ≤ 2       none, l1, mirror
+    ``power``      2^(q-2) ‖x‖^q / q, q = ``order`` ≥ 2             none, l1, mirror, ball
+    ``entropy``    Σ xᵢ log xᵢ on the probability simplex           none, mirror
+    =============  ===============================================  =========================================
 
     ``l1`` is λ‖x‖₁, ``mirror`` is λψ(x) (ridge for ``euclidean``), ``box`` the set low ≤ x ≤ high, ``ball`` ‖x‖ ≤ ``radius``,
     ``simplex`` x ≥ 0 with sum ``radius``. With noise of finite p-th moment, 1 < p ≤ 2, the theorems ask for a ψ that is uniformly
@@ -335,17 +336,18 @@ class LastIterateLR(MultiplierLR):
 
     With t = 1, 2, ..., the initial rate η of each group, and the horizon T:
 
-    ================================= ============================== =======================================================
-    f + h                             T unknown                      T known
-    ================================= ============================== =======================================================
-    convex                            :math:`η / \sqrt{t}`           ``linear``: :math:`η (T - t + 1) / T^{3/2}`;
-                                                                     ``constant``: :math:`η / \sqrt{T}`
-    convex, noise of finite p-th      :math:`η / t^{1/p}`            ``linear``: :math:`η (T - t + 1) / T^{1 + 1/p}`;
-    moment                                                           ``constant``: :math:`η / T^{1/p}`
-    μ-strongly convex                 :math:`2η / (μ (t + 1) + 4L)`  :math:`η / (μ + 2L)` for t ≤ τ = ⌈T/2⌉, then
-                                                                     :math:`2η / (μ (t - τ + 2) + 4L)`
-    ================================= ============================== =======================================================
+    ======================  ================================  ==========================================================
+    f + h                   T unknown                         T known
+    ======================  ================================  ==========================================================
+    convex                  :math:`η / \sqrt{t}`              ``linear``: :math:`η (T - t + 1) / T^{3/2}`;
+                                                              ``constant``: :math:`η / \sqrt{T}`
+    convex, finite moment   :math:`η / t^{1/p}`               ``linear``: :math:`η (T - t + 1) / T^{1 + 1/p}`;
+                                                              ``constant``: :math:`η / T^{1/p}`
+    strongly convex         :math:`2η / (μ (t + 1) + 4L)`     :math:`η / (μ + 2L)` for t ≤ τ = ⌈T/2⌉, then
+                                                              :math:`2η / (μ (t - τ + 2) + 4L)`
+    ======================  ================================  ==========================================================
 
+    The middle row is for noise of finite p-th moment, 1 < p ≤ 2, the last for μ-strong convexity of f or h with respect to ψ.
     The convex ones are cut off at 1 / (2L) where f is L-smooth. The gap of the last iterate is then of order
     :math:`L/T + 1/\sqrt{T}`, :math:`T^{(1-p)/p}` and :math:`1/T`, the first two times log T unless T is known and the decay is
     ``linear``. For convex problems choose η near the distance to the solution over the size of the gradients and their noise;
