@@ -27,7 +27,6 @@ class CompositeMirrorDescent(Optimizer):
 
     .. math::
         x_{t+1} = \operatorname{argmin}_x \; h(x) + \langle g_t, x \rangle + \frac{1}{η_t} D_ψ(x, x_t), \qquad
-        x_{t+1} = \mathrm{argmin}_x \; h(x) + \langle g_t, x \rangle + \frac{1}{η_t} D_ψ(x, x_t), \qquad
         D_ψ(x, y) = ψ(x) - ψ(y) - \langle ∇ψ(y), x - y \rangle
 
     All combinations below have a closed form: a step :math:`z = ∇ψ(x_t) - η_t g_t` in the dual, there the shrinkage of ``l1`` or
