@@ -21,6 +21,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.optim import Optimizer
 
 from corollary.optim import GradNormRecorder, JointOptimizer, LinearDecay, RefinedSchedule, refine_schedule
+from corollary.papers.optim import refined_schedules as claims
 
 Array = NDArray[np.float64]
 
@@ -421,3 +422,95 @@ def test_sharded_over_two_processes_each_records_the_whole_norm(tmp_path: Path) 
     for rank in range(2):
         *alone, l1, l2 = json.loads((tmp_path / f"norms{rank}").read_text())
         assert [l1, l2] == pytest.approx(alone, rel=1e-5)
+
+
+# ----------------------------------------------------------------------------- the trainers that the claims' evidence is from
+
+
+def test_the_logistic_runs_are_those_of_torchs_sgd() -> None:
+    seeds, steps, rates = (3, 4), 20, [0.1, 0.5]
+    multipliers = claims._multipliers("linear", steps, 0)
+    excess, norms = claims._train_logistic("iris, logistic", multipliers.expand(2, -1), torch.tensor(rates), seeds)
+    for i, rate in enumerate(rates):
+        for j, seed in enumerate(seeds):
+            x, y, *_ = claims.PROBLEMS["iris, logistic"].data(seed)
+            net = nn.Linear(4, 3)
+            for p in net.parameters():
+                nn.init.zeros_(p)
+            optimizer = torch.optim.SGD(net.parameters(), lr=rate, weight_decay=claims.PENALTY)
+            schedule = LinearDecay(optimizer, steps)
+            generator = torch.Generator().manual_seed(seed)
+            for step in range(steps):
+                rows = torch.randint(len(x), (4,), generator=generator)
+                optimizer.zero_grad()
+                penalty = claims.PENALTY / 2 * sum(p.square().sum() for p in net.parameters())
+                value = nn.functional.cross_entropy(net(x[rows]), y[rows])
+                whole = torch.autograd.grad(value + penalty, list(net.parameters()))
+                assert norms[i, j, step].item() == pytest.approx(
+                    math.sqrt(sum(g.square().sum().item() for g in whole)), rel=1e-4
+                )
+                nn.functional.cross_entropy(net(x[rows]), y[rows]).backward()
+                optimizer.step()
+                schedule.step()
+            with torch.no_grad():
+                penalty = claims.PENALTY / 2 * sum(p.square().sum() for p in net.parameters())
+                objective = float(nn.functional.cross_entropy(net(x), y) + penalty)
+            assert excess[i, j].item() == pytest.approx(objective - claims._minimum("iris, logistic", seed), rel=1e-3)
+
+
+def test_the_minimum_is_scikit_learns() -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    x, y, *_ = claims.PROBLEMS["wine, logistic"].data(5)
+    whole = torch.cat([x, torch.ones(len(x), 1)], 1).double()  # the penalty counts the bias in
+    model = LogisticRegression(C=1 / (claims.PENALTY * len(x)), fit_intercept=False, tol=1e-10, max_iter=2000)
+    model.fit(whole.numpy(), y.numpy())
+    w = torch.from_numpy(model.coef_)
+    value = nn.functional.cross_entropy(whole @ w.T, y) + claims.PENALTY / 2 * w.square().sum()
+    assert claims._minimum("wine, logistic", 5) == pytest.approx(float(value), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["digits, MLP", "digits, ResNet", "Python source, LLaMA"])
+def test_the_network_runs_are_those_of_torchs_optimizers(name: str) -> None:
+    problem, seed, steps, warmup = claims.PROBLEMS[name], 7, 6, 2
+    assert problem.net is not None
+    rate = problem.rates[2]
+    multipliers = claims._multipliers("cosine", steps, warmup)
+    ours = claims._train_network(name, torch.stack([multipliers, multipliers]), torch.tensor([rate, rate / 2]), (6, seed))
+    x, y, test_x, test_y = problem.data(seed)
+    torch.manual_seed(seed)
+    net = problem.net()
+    optimizer: Optimizer
+    if problem.adam:
+        optimizer = torch.optim.Adam(net.parameters(), lr=rate, betas=(0.9, 0.99))
+    else:
+        optimizer = torch.optim.SGD(net.parameters(), lr=rate, momentum=0.9)
+    schedule = claims.SCHEDULES["cosine"](optimizer, steps, warmup)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        rows = torch.randint(len(x), (problem.batch,), generator=generator)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x[rows]).flatten(0, -2), y[rows].flatten()).backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        wanted = float(nn.functional.cross_entropy(net(test_x).flatten(0, -2), test_y.flatten()))
+    assert ours[0, 1].item() == pytest.approx(wanted, rel=2e-3)
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_the_schedules_compared_are_their_formulas(warmup: int) -> None:
+    steps = 12 + warmup
+    ramp = [(t + 1) / warmup for t in range(warmup)]
+    formulas: dict[str, Callable[[int], float]] = {
+        "linear": lambda t: 1 - t / 12,
+        "cosine": lambda t: (1 + math.cos(math.pi * t / 12)) / 2,
+        "step": lambda t: 1.0 if t < 6 else 0.1 if t < 9 else 0.01,
+        "constant": lambda t: 1.0,
+        "inverse root": lambda t: 1 / math.sqrt(t + 1),
+        "rising": lambda t: (t + 1) / 12,
+    }
+    assert set(formulas) == set(claims.SCHEDULES)
+    for name, formula in formulas.items():
+        wanted = [*ramp, *(formula(t) for t in range(12))]
+        assert claims._multipliers(name, steps, warmup).tolist() == pytest.approx(wanted, abs=1e-6)

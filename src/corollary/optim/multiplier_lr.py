@@ -50,9 +50,11 @@ class MultiplierLR(LRScheduler):
 
     def get_lr(self) -> list[float | Tensor]:
         """The rates of step ``last_epoch``, a new value for each group; ``get_last_lr()`` tells those in use."""
-        for group in self.optimizer.param_groups[len(self.base_lrs) :]:
-            rate = group["lr"]
-            self.base_lrs.append(group.setdefault("initial_lr", rate.clone() if isinstance(rate, Tensor) else rate))
+        groups = self.optimizer.param_groups
+        if len(groups) > len(self.base_lrs):
+            for group in groups[len(self.base_lrs) :]:
+                rate = group["lr"]
+                self.base_lrs.append(group.setdefault("initial_lr", rate.clone() if isinstance(rate, Tensor) else rate))
         factor = self.multiplier(self.last_epoch)
         return [base * factor for base in self.base_lrs]
 

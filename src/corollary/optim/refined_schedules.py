@@ -60,7 +60,7 @@ class LinearDecay(MultiplierLR):
 
     Reference:
         Defazio, Cutkosky, Mehta, Mishchenko, "When, Why and How Much? Adaptive Learning Rate Scheduling by Refinement", arXiv
-        2310.07831, Corollary 2; warm-up as in the authors' figures.
+        2310.07831, Theorem 1 with equal weights; warm-up as in the authors' code.
     """
 
     def __init__(self, optimizer: Optimizer, total_steps: int, warmup_steps: int = 0, last_epoch: int = -1) -> None:
@@ -109,8 +109,6 @@ def refine_schedule(grad_norms: Tensor | Sequence[float], *, norm: Norm = "l2", 
     When not to use it: where the median of the norms falls by orders of magnitude, as when training data is fitted perfectly:
     the bound then puts nearly all weight on the last steps. And without a run to learn from.
 
-    Deviation from the paper: none known; its weights for Adam were read in the authors' code.
-
     Example:
         >>> from corollary.optim import refine_schedule
         >>> refine_schedule([1.0, 1.0, 1.0, 1.0, 1.0], smoothing=0.0).tolist()
@@ -119,7 +117,8 @@ def refine_schedule(grad_norms: Tensor | Sequence[float], *, norm: Norm = "l2", 
         [0.438, 0.75, 1.0, 0.5, 0.0]
 
     Reference:
-        Defazio, Cutkosky, Mehta, Mishchenko, arXiv 2310.07831, Algorithm 1 (SGD), Algorithm 2 (Adam).
+        Defazio, Cutkosky, Mehta, Mishchenko, arXiv 2310.07831, schedule refinement for SGD and for Adam; the weights for Adam and
+        the edges of the median as in the authors' code, facebookresearch/adaptive_scheduling.
     """
     if norm not in _ORDERS:
         raise ValueError(f"'norm' is {norm!r}; allowed: {', '.join(_ORDERS)}")
@@ -196,7 +195,7 @@ class RefinedSchedule(MultiplierLR):
         >>> _ = train(lambda optimizer: RefinedSchedule(optimizer, multipliers))
 
     Reference:
-        Defazio, Cutkosky, Mehta, Mishchenko, arXiv 2310.07831, Algorithm 1.
+        Defazio, Cutkosky, Mehta, Mishchenko, arXiv 2310.07831, schedule refinement.
     """
 
     def __init__(
