@@ -17,7 +17,7 @@ from corollary.optim.int8_weight import Int8Weight
 from corollary.optim.projectors import NAMED as PROJECTORS
 from corollary.optim.projectors import Projector, Site
 from corollary.optim.residuals import NAMED as RESIDUALS
-from corollary.optim.residuals import Residual
+from corollary.optim.residuals import Residual, Step
 from corollary.optim.subspaces import Subspace
 
 _MOMENTS = ("keep", "reset", "rotate")
@@ -211,16 +211,8 @@ class ProjectedAdamW(Optimizer):
                 matrix, gradient = param.flatten(1), params[i].grad
                 assert gradient is not None
                 rate = lr * group["scale"]
-                self.residual.apply_(
-                    matrix,
-                    gradient.flatten(1),
-                    lows[i],
-                    updates[i],
-                    space,
-                    self.state[params[i]],
-                    lr=rate,
-                    step_size=rate * corrections[i],
-                )
+                state, size = self.state[params[i]], rate * corrections[i]
+                self.residual.apply_(matrix, Step(gradient.flatten(1), lows[i], updates[i], space, state, rate, size))
                 if matrix.data_ptr() != param.data_ptr():  # a layout that cannot be viewed as a matrix, such as channels_last
                     param.copy_(matrix.view_as(param))
             if held is not None:

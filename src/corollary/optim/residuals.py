@@ -12,6 +12,29 @@ from torch import Tensor
 from corollary.optim.subspaces import Subspace
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a rule has to work with.
+
+    Args:
+        gradient: G, shape (m, n).
+        low: its coordinates L.
+        update: Adam's direction U in coordinates, before bias correction; may be overwritten.
+        subspace: the projection and the way back, E.
+        state: of the parameter.
+        lr: learning rate η, with the group's scale.
+        step_size: ``lr`` times the bias correction of U.
+    """
+
+    gradient: Tensor
+    low: Tensor
+    update: Tensor
+    subspace: Subspace
+    state: dict[str, Any]
+    lr: float
+    step_size: float
+
+
 class Residual(ABC):
     """Applies Adam's low-rank update, and its own rule to the rest of the gradient.
 
@@ -19,49 +42,16 @@ class Residual(ABC):
     """
 
     @abstractmethod
-    def apply_(
-        self,
-        param: Tensor,
-        gradient: Tensor,
-        low: Tensor,
-        update: Tensor,
-        subspace: Subspace,
-        state: dict[str, Any],
-        *,
-        lr: float,
-        step_size: float,
-    ) -> None:
-        """Change ``param`` (m, n) in place.
-
-        Args:
-            param: the matrix.
-            gradient: G, its shape.
-            low: L.
-            update: U before bias correction; may be overwritten.
-            subspace: E and its projection.
-            state: of the parameter.
-            lr: learning rate, with the group's scale.
-            step_size: ``lr`` times the bias correction of U.
-        """
+    def apply_(self, param: Tensor, step: Step) -> None:
+        """Change ``param``, of shape (m, n), in place."""
 
 
 @dataclass(frozen=True)
 class Drop(Residual):
     """Nothing: W ← W - η E U, as in GaLore."""
 
-    def apply_(
-        self,
-        param: Tensor,
-        gradient: Tensor,
-        low: Tensor,
-        update: Tensor,
-        subspace: Subspace,
-        state: dict[str, Any],
-        *,
-        lr: float,
-        step_size: float,
-    ) -> None:
-        subspace.add_(param, update, -step_size)
+    def apply_(self, param: Tensor, step: Step) -> None:
+        step.subspace.add_(param, step.update, -step.step_size)
 
 
 @dataclass(frozen=True)
@@ -77,22 +67,11 @@ class SignSGD(Residual):
     def __post_init__(self) -> None:
         _check_scale(self.lr_scale)
 
-    def apply_(
-        self,
-        param: Tensor,
-        gradient: Tensor,
-        low: Tensor,
-        update: Tensor,
-        subspace: Subspace,
-        state: dict[str, Any],
-        *,
-        lr: float,
-        step_size: float,
-    ) -> None:
-        rest = gradient.clone(memory_format=torch.contiguous_format)
-        subspace.add_(rest, low, -1.0)
-        param.add_(rest.sign_(), alpha=-lr * self.lr_scale)
-        subspace.add_(param, update, -step_size)
+    def apply_(self, param: Tensor, step: Step) -> None:
+        rest = step.gradient.clone(memory_format=torch.contiguous_format)
+        step.subspace.add_(rest, step.low, -1.0)
+        param.add_(rest.sign_(), alpha=-step.lr * self.lr_scale)
+        step.subspace.add_(param, step.update, -step.step_size)
 
 
 @dataclass(frozen=True)
@@ -108,22 +87,11 @@ class PlainSGD(Residual):
     def __post_init__(self) -> None:
         _check_scale(self.lr_scale)
 
-    def apply_(
-        self,
-        param: Tensor,
-        gradient: Tensor,
-        low: Tensor,
-        update: Tensor,
-        subspace: Subspace,
-        state: dict[str, Any],
-        *,
-        lr: float,
-        step_size: float,
-    ) -> None:
+    def apply_(self, param: Tensor, step: Step) -> None:
         # E U step + s lr (G - E L) = s lr G + E (step U - s lr L): R is never formed.
-        rate = lr * self.lr_scale
-        param.add_(gradient, alpha=-rate)
-        subspace.add_(param, update.mul_(step_size).sub_(low, alpha=rate), -1.0)
+        rate = step.lr * self.lr_scale
+        param.add_(step.gradient, alpha=-rate)
+        step.subspace.add_(param, step.update.mul_(step.step_size).sub_(step.low, alpha=rate), -1.0)
 
 
 @dataclass(frozen=True)
@@ -148,19 +116,8 @@ class NormScaled(Residual):
         if self.growth_limit is not None and not self.growth_limit >= 1:
             raise ValueError(f"'growth_limit' must be at least 1, or None, not {self.growth_limit}")
 
-    def apply_(
-        self,
-        param: Tensor,
-        gradient: Tensor,
-        low: Tensor,
-        update: Tensor,
-        subspace: Subspace,
-        state: dict[str, Any],
-        *,
-        lr: float,
-        step_size: float,
-    ) -> None:
-        dim = subspace.dim
+    def apply_(self, param: Tensor, step: Step) -> None:
+        low, update, dim = step.low, step.update, step.subspace.dim
         wide = torch.float32 if low.dtype in (torch.float16, torch.bfloat16) else None
         if self.scaled:
             scale = torch.linalg.vector_norm(update, dim=dim, keepdim=True, dtype=wide)
@@ -168,16 +125,16 @@ class NormScaled(Residual):
         else:
             scale = torch.ones_like(torch.linalg.vector_norm(low, dim=dim, keepdim=True, dtype=wide))
         if self.growth_limit is not None:
-            norm = (scale.square() * subspace.residual_norm_sq(gradient, low)).sum().sqrt()
-            last = state.get("residual_norm")
+            norm = (scale.square() * step.subspace.residual_norm_sq(step.gradient, low)).sum().sqrt()
+            last = step.state.get("residual_norm")
             if last is not None:
                 limiter = (norm / (last.to(norm.dtype) + 1e-8)).clamp_min(self.growth_limit) / self.growth_limit
                 scale, norm = scale / limiter, norm / limiter
-            state["residual_norm"] = norm
+            step.state["residual_norm"] = norm
         scale = scale.to(param.dtype)
         # φR + E U = φG + E (U - φL): the residual is never formed.
-        param.addcmul_(gradient, scale, value=-step_size)
-        subspace.add_(param, update.sub_(scale * low), -step_size)
+        param.addcmul_(step.gradient, scale, value=-step.step_size)
+        step.subspace.add_(param, update.sub_(scale * low), -step.step_size)
 
 
 def _check_scale(value: float) -> None:
