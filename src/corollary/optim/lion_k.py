@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch.optim.optimizer import ParamsT
 
 from corollary.optim._batched import BatchedOptimizer, State, check_options
 from corollary.optim.kappas import L1, Kappa
+
+_CACHED = 2**16  # entries of a parameter; with momentum, gradient and update 1 MiB of float32
 
 
 class LionK(BatchedOptimizer):
@@ -115,6 +117,21 @@ class LionK(BatchedOptimizer):
                 raise ValueError(f"'state_dict' was saved with kappa {saved['kappa']} in group {i}, which has {own['kappa']!r}")
             saved["kappa"] = own["kappa"]
         super().load_state_dict({**state_dict, "param_groups": groups})
+
+    def _batches(self, group: Mapping[str, Any]) -> Iterator[list[Tensor]]:
+        for batch in super()._batches(group):
+            if batch[0].device.type != "cpu":
+                yield batch
+                continue
+            # Five passes over a weight are one over memory if it stays in the CPU's cache from the first to the last.
+            piece, entries = [batch[0]], batch[0].numel()
+            for param in batch[1:]:
+                if entries + param.numel() > _CACHED:
+                    yield piece
+                    piece, entries = [], 0
+                piece.append(param)
+                entries += param.numel()
+            yield piece
 
     def _new_state(self, param: Tensor, dtype: torch.dtype, group: Mapping[str, Any]) -> State:
         return {"exp_avg": torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)}

@@ -275,7 +275,7 @@ def _patches_accuracy(method: str, lr: float, seed: int, steps: int, part: str) 
 
 def _best(trial: Trial, methods: Mapping[str, tuple[float, ...]]) -> tuple[str, float]:
     """The method and rate with the best mean accuracy over two tuning seeds, on data held out of training."""
-    steps, seeds = trial.pick(smoke=3, laptop=80, full=2000), (trial.seed, trial.seed + 1)
+    steps, seeds = trial.pick(smoke=3, laptop=120, full=2000), (trial.seed, trial.seed + 1)
     choices = [(name, lr) for name, rates in methods.items() for lr in rates]
     return max(choices, key=lambda c: sum(_patches_accuracy(*c, seed, steps, "validation") for seed in seeds))
 
@@ -291,7 +291,7 @@ def _tune_sgd(trial: Trial, method: str = "SGDP") -> dict[str, Any]:
 
 
 def _accuracy(trial: Trial, method: str) -> Paired:
-    steps, tuned = trial.pick(smoke=3, laptop=80, full=2000), trial.tuned
+    steps, tuned = trial.pick(smoke=3, laptop=120, full=2000), trial.tuned
     return Paired(
         ours=_patches_accuracy(method, tuned["lr"], trial.seed, steps, "test"),
         baseline=_patches_accuracy(tuned["baseline"], tuned["baseline_lr"], trial.seed, steps, "test"),
