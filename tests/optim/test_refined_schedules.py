@@ -274,6 +274,8 @@ def test_a_loaded_state_is_not_shared() -> None:
         (lambda: LinearDecay(_sgd(), 0), ValueError, "'total_steps' must be at least 1, not 0"),
         (lambda: LinearDecay(_sgd(), 5, 5), ValueError, r"'warmup_steps' must be in \[0, total_steps\), here \[0, 5\), not 5"),
         (lambda: LinearDecay(_sgd(), 5, -1), ValueError, "'warmup_steps' must be in"),
+        (lambda: LinearDecay(_sgd(), 5.5), TypeError, "'total_steps' must be a whole number, not 5.5"),  # type: ignore[arg-type]
+        (lambda: RefinedSchedule(_sgd(), [1, 0], 2.5), TypeError, "'total_steps' must be a whole"),  # type: ignore[arg-type]
         (lambda: RefinedSchedule(_sgd(), [1.0]), ValueError, r"'multipliers' has shape \(1,\); allowed: \(n,\)"),
         (lambda: RefinedSchedule(_sgd(), torch.ones(2, 2)), ValueError, r"'multipliers' has shape \(2, 2\)"),
         (lambda: RefinedSchedule(_sgd(), [1.0, math.nan]), ValueError, r"must be finite and at least 0, not nan \(entry 1\)"),

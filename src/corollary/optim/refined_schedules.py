@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import reduce
+from operator import index
 from types import TracebackType
 from typing import Any, Literal
 
@@ -19,6 +20,13 @@ Norm = Literal["l1", "l2"]
 _ORDERS: Mapping[str, int] = {"l1": 1, "l2": 2}
 
 
+def _whole(name: str, value: int) -> int:
+    try:
+        return index(value)  # a plain int, whichever kind of integer came: it goes into the state
+    except TypeError as error:
+        raise TypeError(f"'{name}' must be a whole number, not {value!r}") from error
+
+
 class LinearDecay(MultiplierLR):
     r"""Linear decay to zero, the schedule with the best worst-case bound on the last iterate, after an optional warm-up.
 
@@ -27,8 +35,8 @@ class LinearDecay(MultiplierLR):
     .. math::
         m(t) = \begin{cases} (t + 1) / W & t < W \\ 1 - (t - W) / (T - W) & W \le t \le T \\ 0 & t > T \end{cases}
 
-    For a convex loss with gradients of norm at most :math:`G`, and the minimum at a distance :math:`D` from the start, SGD with
-    the initial rate :math:`D / (G \sqrt T)` ends with :math:`f(x_T) - f_* \le D G / \sqrt T`.
+    For a convex loss with gradients of norm at most :math:`G`, and the minimum at a distance :math:`D` from the start, SGD over
+    two steps or more with the initial rate :math:`D / (G \sqrt T)` ends with :math:`f(x_T) - f_* \le D G / \sqrt T`.
 
     Args:
         optimizer: any torch optimizer.
@@ -38,7 +46,7 @@ class LinearDecay(MultiplierLR):
 
     Raises:
         ValueError: a number of steps out of range.
-        TypeError: ``optimizer`` is no optimizer.
+        TypeError: ``optimizer`` is no optimizer, or a number of steps is not whole.
 
     When not to use it: where the length of the run is not known when it starts.
 
@@ -64,6 +72,7 @@ class LinearDecay(MultiplierLR):
     """
 
     def __init__(self, optimizer: Optimizer, total_steps: int, warmup_steps: int = 0, last_epoch: int = -1) -> None:
+        total_steps, warmup_steps = _whole("total_steps", total_steps), _whole("warmup_steps", warmup_steps)
         if total_steps < 1:
             raise ValueError(f"'total_steps' must be at least 1, not {total_steps}")
         if not 0 <= warmup_steps < total_steps:
@@ -166,7 +175,7 @@ class RefinedSchedule(MultiplierLR):
 
     Raises:
         ValueError: multipliers of another shape, fewer than 2, negative or not finite; ``total_steps`` below 1.
-        TypeError: ``optimizer`` is no optimizer.
+        TypeError: ``optimizer`` is no optimizer, or ``total_steps`` is not whole.
 
     Deviation from the paper: its last of :math:`T` steps has rate 0; here the curve reaches 0 after the last step, so that none
     is wasted. ``total_steps=n - 1`` gives the paper's.
@@ -211,7 +220,7 @@ class RefinedSchedule(MultiplierLR):
         if not np.isfinite(points).all() or points.min() < 0:
             bad = int((~(np.isfinite(points) & (points >= 0))).argmax())
             raise ValueError(f"'multipliers' must be finite and at least 0, not {points[bad]} (entry {bad})")
-        self.total_steps = len(points) if total_steps is None else total_steps
+        self.total_steps = len(points) if total_steps is None else _whole("total_steps", total_steps)
         if self.total_steps < 1:
             raise ValueError(f"'total_steps' must be at least 1, not {total_steps}")
         places = np.arange(self.total_steps + 1) * ((len(points) - 1) / self.total_steps)
