@@ -49,7 +49,7 @@ def coupled() -> Problem:
     return replace(separable(), separable=False)
 
 
-def test_problem(batches: int, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+def draw_problem(batches: int, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     """A small network and batches of a few kilobytes, drawn as they are asked for."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -64,7 +64,7 @@ def test_problem(batches: int, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     return model, draw()
 
 
-def test_digits(model: nn.Module, data: Any, seed: int) -> NormTest:
+def run_norm_test(model: nn.Module, data: Any, seed: int) -> NormTest:
     """The norm test as the diagnostics' checks call it; it has no randomness of its own."""
     return norm_test(model, cross_entropy, data, eta=0.5, chunk_size=8)
 
@@ -87,8 +87,8 @@ CONFORMANCE = {
         },
     ),
     "corollary.optim.norm_test": Case(
-        test_digits,
-        tags={"problem": test_problem, "bad": {"inputs and targets of different length": _one_sided}},
+        run_norm_test,
+        tags={"problem": draw_problem, "bad": {"inputs and targets of different length": _one_sided}},
     ),
     "corollary.optim.AdaptiveBatchSampler": Case(AdaptiveBatchSampler),
 }
