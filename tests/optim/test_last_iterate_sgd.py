@@ -99,7 +99,7 @@ def test_each_mirror_is_uniformly_convex_as_the_theorems_ask(mirror: str, seed: 
     [slope] = torch.autograd.grad(base, y)
     divergence = float((_psi(x, group).sum() - base - (slope * (x - y)).sum()).detach())
     q = 3.5 if mirror == "power" else 2.0
-    norm = float(torch.linalg.vector_norm(x - y, {"p_norm": 1.3, "entropy": 1.0}.get(mirror, 2.0)))
+    norm = float(torch.linalg.vector_norm((x - y).detach(), {"p_norm": 1.3, "entropy": 1.0}.get(mirror, 2.0)))
     assert divergence >= norm**q / q * (1 - 1e-9)
 
 
