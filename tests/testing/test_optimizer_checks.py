@@ -296,6 +296,7 @@ BROKEN = [
     ("dtypes", WidensState, {}, "changes its keys"),
     ("dtypes", StateInDouble, {}, "promised is"),
     ("dtypes", Momentum, {"half_state": "float32"}, "promised is torch.float32"),
+    ("dtypes", Momentum, {"wide_state": ("mean",)}, "promised is torch.float64"),
     ("dtypes", Climbs, {}, "does not fall"),
     ("nan_gradient", SwallowsNan, {}, "promised to show"),
     ("nan_gradient", SpreadsNan, {}, "spreads to other parameters"),
@@ -467,6 +468,10 @@ class MovesBeforeRefusing(TwoEvaluations):
 def test_a_broken_method_that_needs_its_closure_is_caught(name: str, make: Any, words: str) -> None:
     with pytest.raises(AssertionError, match=words):
         CHECKS[name](Case(make, CLOSURE_TAGS))
+
+
+def test_state_promised_in_float64_may_be_so() -> None:
+    checks("optimizer")["dtypes"](Case(StateInDouble, {"oracle": momentum_oracle, "wide_state": ("mean",)}))
 
 
 def test_sparse_that_works_must_leave_other_rows() -> None:

@@ -17,6 +17,7 @@ tolerance     largest difference from the oracle, relative to max(1, |value|) (1
 foreach       whether there is a ``foreach`` option (True)
 dtypes        what is trained (float32, float64, bfloat16)
 half_state    state of half-precision parameters: 'param' for the parameter's dtype, or 'float32' ('param')
+wide_state    names of state entries that are float64 whatever is trained (())
 nan           what a NaN gradient does: 'propagates' (its parameter shows it, the others stay finite), 'raises' or 'skips'
               (nothing moves) ('propagates')
 groups        several parameter groups: 'works' or 'refused' ('works')
@@ -443,6 +444,7 @@ def empty(case: Case) -> None:
 def dtypes(case: Case, steps: int = 8) -> None:
     """In every dtype the loss falls; parameters and state keep shape and dtype, and state is in the dtype that is promised."""
     half_state = _tag(case, "half_state", "param", ("param", "float32"))
+    wide = case.tags.get("wide_state", ())
     for dtype in case.tags.get("dtypes", (torch.float32, torch.float64, torch.bfloat16)):
         params = _params(case, dtype)
         shapes = [(p.shape, p.dtype) for p in params]
@@ -458,8 +460,9 @@ def dtypes(case: Case, steps: int = 8) -> None:
         wanted = torch.float32 if half_state == "float32" and dtype in (torch.float16, torch.bfloat16) else dtype
         for entries in signature:
             for key, (shape, kept) in entries.items():
-                ok = not shape or not kept.is_floating_point or kept == wanted
-                assert ok, f"state '{key}' of a {dtype} parameter is {kept}, promised is {wanted}"
+                promised = torch.float64 if key in wide else wanted
+                ok = not shape or not kept.is_floating_point or kept == promised
+                assert ok, f"state '{key}' of a {dtype} parameter is {kept}, promised is {promised}"
         assert last < first, f"in {dtype} the loss does not fall: from {first:.4g} to {last:.4g} in {steps + 1} steps"
 
 
