@@ -221,6 +221,11 @@ def test_missing_pieces_are_zeros_and_a_failed_update_changes_nothing() -> None:
         (lambda: SlidingFisher([torch.zeros(2, 3)], gram=torch.zeros(2, 2)), ValueError, "'gram' must be .*float64"),
         (lambda: SlidingFisher([torch.zeros(2, 3)]).update(2, [torch.ones(3)]), IndexError, "'row' must be from 0 to 1, not 2"),
         (lambda: SlidingFisher([torch.zeros(2, 3)]).solve_row(-1), IndexError, "'row' must be from 0 to 1, not -1"),
+        (
+            lambda: SlidingFisher([torch.zeros(2, 3)]).update(0, [torch.ones(3, dtype=torch.int64)]),
+            TypeError,
+            r"'gradients\[0\]' must be real and floating, not torch\.int64",
+        ),
         (lambda: SlidingFisher([torch.zeros(2, 3)]).update(0, []), ValueError, "each of the 1 windows, not 0"),
         (lambda: SlidingFisher([torch.zeros(2, 3)]).solve([torch.ones(2)]), ValueError, r"'vectors\[0\]' has shape \(2,\)"),
     ],

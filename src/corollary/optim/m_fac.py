@@ -153,16 +153,15 @@ class MFAC(Optimizer):
         fisher = SlidingFisher(
             [self.state[p]["grads"] for p in seen], first["damp"], gram=None if owner is None else self.state[owner]["gram"]
         )
-        row = first["iteration"] % first["ngrads"]
         try:
-            fisher.update(row, [gradients.get(p) for p in seen])
+            pieces = self._precondition(fisher, first["iteration"] % first["ngrads"], [gradients.get(p) for p in seen])
         except ValueError:
             for p in made:
                 del self.state[p]
             raise
         if owner is None:
             self.state[seen[0]]["gram"] = fisher.gram
-        steps = dict(zip(seen, fisher.solve_row(row), strict=True))
+        steps = dict(zip(seen, pieces, strict=True))
         for group in self.param_groups:
             members = [p for p in group["params"] if p in gradients]
             for batch in [members] if group["foreach"] is not False else [[p] for p in members]:
@@ -170,6 +169,10 @@ class MFAC(Optimizer):
         for group in self.param_groups:
             group["iteration"] += 1
         return loss
+
+    def _precondition(self, fisher: SlidingFisher, row: int, gradients: list[Tensor | None]) -> list[Tensor]:
+        fisher.update(row, gradients)
+        return fisher.solve_row(row)
 
     def inverse_fisher_product(self, vectors: list[Tensor]) -> list[Tensor]:
         """F⁻¹ x for an x in the shapes of the parameters that have had a gradient, with the window as the last step left it."""

@@ -158,11 +158,17 @@ class MatrixFreeFisher:
         result = lost * self.damp
         for part, width, gram in groups:
             blocks = self._rows[:, part].reshape(len(self._rows), -1, width).transpose(0, 1)
-            values, vectors = torch.linalg.eigh(gram)
-            # No eigenvalue of F⁻¹, nor of a part of it, is below the floor, whatever rounding has made of it.
-            floor = self._floor[part.start // self.block_size :][: len(blocks)].unsqueeze(1).to(values)
-            inner = (blocks @ lost[part].view(-1, width, 1)).to(values)
-            inner = vectors @ ((vectors.mT @ inner) / (1 / self.damp - values).maximum(floor).unsqueeze(2))
+            inner = (blocks @ lost[part].view(-1, width, 1)).to(gram)
+            rest = -gram
+            rest.diagonal(dim1=-2, dim2=-1).add_(1 / self.damp)
+            factor, info = torch.linalg.cholesky_ex(rest)
+            if info.any():
+                # No eigenvalue of F⁻¹, nor of a part of it, is below the floor, whatever rounding has made of it.
+                values, vectors = torch.linalg.eigh(rest)
+                floor = self._floor[part.start // self.block_size :][: len(blocks)].unsqueeze(1).to(values)
+                inner = vectors @ ((vectors.mT @ inner) / values.maximum(floor).unsqueeze(2))
+            else:
+                inner = torch.cholesky_solve(inner, factor)
             result[part].add_((blocks.mT @ inner.to(self.dtype)).reshape(-1), alpha=self.damp)
         return result * removed
 

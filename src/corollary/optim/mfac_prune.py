@@ -103,18 +103,9 @@ def mfac_prune(
             rows = _gradient_rows(model, batches, loss, leaves, masks)
             with torch.no_grad():
                 weight = torch.cat([leaf.detach().reshape(-1) for leaf in leaves])
-                kept = weight[masks]
-                fisher = MatrixFreeFisher(rows, damp, block_size=block_size, in_place=True)
-                saliency = kept.square() / (2 * fisher.inverse_diagonal())
-                removed = torch.zeros_like(kept, dtype=torch.bool)
-                removed[saliency.argsort(stable=True)[:count]] = True
-                if update == "none":
-                    kept = kept.masked_fill(removed, 0)
-                else:
-                    kept = kept + fisher.removal_step(kept, removed, joint=update == "joint")
-                    kept[removed] = 0
-                weight[masks] = kept
+                kept, removed = obs_step(weight[masks], rows, count, damp, block_size=block_size, update=update)
                 weight[~masks] = 0
+                weight[masks] = kept
                 masks[masks.clone()] = ~removed
                 for leaf, piece in zip(leaves, torch.split(weight, [leaf.numel() for leaf in leaves]), strict=True):
                     leaf.copy_(piece.view_as(leaf))
@@ -131,6 +122,31 @@ def mfac_prune(
     }
 
 
+def obs_step(
+    weight: Tensor, gradients: Tensor, count: int, damp: float, *, block_size: int | None = None, update: str = "joint"
+) -> tuple[Tensor, Tensor]:
+    """Remove the ``count`` entries of least saliency from a vector of weights; see `mfac_prune`.
+
+    Args:
+        weight: (d,).
+        gradients: (m, d), overwritten.
+        count: how many entries go, from 0 to d.
+        damp: λ > 0.
+        block_size: as in `mfac_prune`.
+        update: as in `mfac_prune`.
+
+    Returns:
+        The new weights (d,), and which are removed, bool (d,).
+    """
+    fisher = MatrixFreeFisher(gradients, damp, block_size=block_size, in_place=True)
+    saliency = weight.square() / (2 * fisher.inverse_diagonal())
+    removed = torch.zeros_like(weight, dtype=torch.bool)
+    removed[saliency.argsort(stable=True)[:count]] = True
+    if update != "none":
+        weight = weight + fisher.removal_step(weight, removed, joint=update == "joint")
+    return weight.masked_fill(removed, 0), removed
+
+
 def _chosen(model: nn.Module, parameters: Sequence[tuple[nn.Module, str]] | None) -> list[tuple[nn.Module, str]]:
     if parameters is None:
         parameters = [(module, "weight") for module in model.modules() if isinstance(module, _PRUNABLE)]
@@ -143,6 +159,8 @@ def _chosen(model: nn.Module, parameters: Sequence[tuple[nn.Module, str]] | None
             raise TypeError(f"'parameters[{i}]': {type(module).__name__} has no parameter '{name}'")
         if not leaf.is_floating_point():
             raise TypeError(f"'parameters[{i}]' is {leaf.dtype}; allowed: real floating")
+        if not leaf.numel():
+            raise ValueError(f"'parameters[{i}]' is empty, of shape {tuple(leaf.shape)}")
         if not leaf.requires_grad:
             raise ValueError(f"'parameters[{i}]' does not require gradients; call requires_grad_() on it")
         leaves.append(leaf)

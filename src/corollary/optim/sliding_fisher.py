@@ -38,7 +38,8 @@ class SlidingFisher:
         gram: S, in float64.
 
     Raises:
-        TypeError: a window is not real and floating, or a DTensor with another placement than Shard and Replicate.
+        TypeError: a window, gradient or vector is not real and floating, or a window is a DTensor with another placement than
+            Shard and Replicate.
         ValueError: windows that differ in m, are empty of rows or not contiguous; a ``gram`` of another shape; ``damp`` not
             above 0, or vanishing in the rounding of the gradients' scalar products.
 
@@ -150,6 +151,8 @@ class SlidingFisher:
             raise ValueError(f"'{name}' must have a tensor for each of the {len(self.windows)} windows, not {len(pieces)}")
         flat: list[Tensor | None] = []
         for i, (piece, window, rows) in enumerate(zip(pieces, self.windows, self._rows, strict=True)):
+            if piece is not None and not piece.is_floating_point():
+                raise TypeError(f"'{name}[{i}]' must be real and floating, not {piece.dtype}")
             if piece is not None and piece.shape != window.shape[1:]:
                 raise ValueError(f"'{name}[{i}]' has shape {tuple(piece.shape)}; its window has {tuple(window.shape[1:])}")
             flat.append(None if piece is None else _local(piece).detach().reshape(-1).to(rows.dtype))
