@@ -170,7 +170,7 @@ class GradientNormalizedNewton(Optimizer):
             operator = self._operator(evaluation, params)
         radius = group["radius"]
         for _ in range(group["max_search"] if group["adaptive"] else 1):
-            shift = norm / radius
+            shift = self._shift(norm, radius)
             if not math.isfinite(shift):
                 break
             solved = conjugate_gradient(operator, -gradient, shift=shift, rtol=group["tol"], max_iter=group["max_cg"])
@@ -206,6 +206,10 @@ class GradientNormalizedNewton(Optimizer):
                     f"GradientNormalizedNewton needs dense gradients; that of 'params[{i}]' is {g.layout} (sparse)"
                 )
         return evaluation, _flat(gradients)
+
+    def _shift(self, norm: float, radius: float) -> float:
+        """The regularization: gradient's norm over radius."""
+        return norm / radius
 
     def _operator(self, evaluation: Evaluation, params: Sequence[Tensor]) -> SymmetricOperator:
         if callable(self.curvature):
