@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -157,16 +158,19 @@ def convex_optimum(f: Quadratic, kappa: Kappa, decay: float, shape: tuple[int, i
         case _:
             raise ValueError(f"no convex program is written for {kappa!r}")
     problem = cp.Problem(cp.Minimize(loss + penalty / decay), inside)
-    problem.solve(solver=cp.CLARABEL, tol_gap_abs=1e-9, tol_gap_rel=1e-9)
+    with warnings.catch_warnings():
+        # A gap of 1e-9 leaves the point itself 1e-5 off; asked for more than doubles hold, the solver stops at its best and says so.
+        warnings.filterwarnings("ignore", message="Solution may be inaccurate")
+        problem.solve(solver=cp.CLARABEL, tol_gap_abs=1e-12, tol_gap_rel=1e-12, tol_feas=1e-12)
     return np.asarray(x.value)
 
 
 def _descend(optimizer: Optimizer, x: Tensor, gradient: Callable[[Tensor], Tensor], decay: float, steps: int) -> None:
-    """Rates that first carry every coordinate to its bound, e^-15 off, and then fall geometrically so that signs settle."""
+    """Rates that first carry every coordinate to its bound, e^-20 off, and then fall geometrically so that signs settle."""
     flat = steps // 5
     for step in range(steps):
         fallen = max(0.0, (step - flat) / (steps - flat))
-        optimizer.param_groups[0]["lr"] = 15 / (decay * flat) * 10 ** (-6 * fallen)
+        optimizer.param_groups[0]["lr"] = 20 / (decay * flat) * 10 ** (-5 * fallen)
         x.grad = gradient(x.detach())
         optimizer.step()
 
@@ -180,7 +184,7 @@ def solves_every_kappa(trial: Trial, method: type[LionK] = LionK) -> Exact:
     shape, steps = (3, 4), trial.pick(smoke=300, laptop=3000)
     errors = {}
     for kappa in KAPPAS:
-        f = Quadratic.draw(trial.generator, shape, spread=2.0)
+        f = Quadratic.draw(trial.generator, shape, spread=4.0)
         decay = float(0.5 + torch.rand((), generator=trial.generator))
         wanted = convex_optimum(f, kappa, decay, shape)
         x = nn.Parameter(torch.randn(shape, generator=trial.generator, dtype=torch.float64))
