@@ -16,6 +16,7 @@ from corollary.optim.gradient_normalized_smoothness import GradientNormalizedNew
 from corollary.optim.int8_weight import Int8Weight, quantize_weights_
 from corollary.optim.joint import JointOptimizer, split_parameters
 from corollary.optim.kappas import L1, Entropic, GroupL2, Huber, Kappa, LogCosh, Lp
+from corollary.optim.large_step_perceptron import BatchPerceptron, LogisticGD, NormalizedLogisticGD
 from corollary.optim.last_iterate_sgd import CompositeMirrorDescent, LastIterateLR
 from corollary.optim.lion_k import LionK
 from corollary.optim.lr_vs_batch import SLQLearningRate, batch_eigenvalues, batch_noise, scale_lr
@@ -87,4 +88,7 @@ __all__ = [
     "MatrixFreeFisher",
     "SlidingFisher",
     "mfac_prune",
+    "LogisticGD",
+    "NormalizedLogisticGD",
+    "BatchPerceptron",
 ]
