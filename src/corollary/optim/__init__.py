@@ -13,7 +13,7 @@ from corollary.optim.fira import Fira
 from corollary.optim.frugal import Frugal
 from corollary.optim.galore import GaLore
 from corollary.optim.gradient_normalized_smoothness import GradientNormalizedNewton
-from corollary.optim.int8_weight import Int8Weight, quantize_weights_
+from corollary.optim.int8_weight import Int8Weight
 from corollary.optim.joint import JointOptimizer, split_parameters
 from corollary.optim.kappas import L1, Entropic, GroupL2, Huber, Kappa, LogCosh, Lp
 from corollary.optim.large_step_perceptron import BatchPerceptron, LogisticGD, NormalizedLogisticGD
@@ -26,6 +26,7 @@ from corollary.optim.mfac_prune import mfac_prune
 from corollary.optim.multiplier_lr import MultiplierLR
 from corollary.optim.projected import ProjectedAdamW, low_rank_groups
 from corollary.optim.q_galore import QGaLore
+from corollary.optim.quantize_weights import quantize_weights_
 from corollary.optim.refined_schedules import GradNormRecorder, LinearDecay, RefinedSchedule, refine_schedule
 from corollary.optim.rsgd import RiemannianSGD
 from corollary.optim.sam import SAM
