@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,19 +97,27 @@ class LostZero(SVD):
 INT4, FLOAT, RANDOM, BROKEN = SVD(bits=4), SVD(), RandomBasis(bits=4), LostZero(bits=4)
 
 
-def _run(trial: Trial, method: str, lr: float, **options: Any) -> Run:
-    """One run with a refresh every fifth step at first, so that laziness has room within a short run."""
-    steps, gap = trial.pick(smoke=24, laptop=200, full=3000), trial.pick(smoke=1, laptop=5, full=50)
-    return pretrain(method, lr, trial.seed, steps, RANK, tuple({"update_proj_gap": gap, **options}.items()))
+def _gap(trial: Trial) -> int:
+    """Steps between the first refreshes: few, so that laziness has room within a short run."""
+    return trial.pick(smoke=1, laptop=5, full=50)
 
 
-def _tune(method: str, **options: Any) -> Callable[..., dict[str, float]]:
-    """The baseline's rate; ours takes the same one, so that only the baseline is tuned."""
+def _run(trial: Trial, method: str, lr: float, gap: int | None = None, **options: Any) -> Run:
+    steps = trial.pick(smoke=8, laptop=200, full=3000)
+    chosen = {"update_proj_gap": _gap(trial) if gap is None else gap, **options}
+    return pretrain(method, lr, trial.seed, steps, RANK, tuple(chosen.items()))
 
-    def hook(trial: Trial, **_: Any) -> dict[str, float]:
-        return {"lr": min(RATES, key=lambda lr: _run(trial, method, lr, **options).loss)}
 
-    return hook
+def _tune_galore(trial: Trial, **_: Any) -> dict[str, Any]:
+    """GaLore's rate and gap; Q-GaLore takes the rate, so that only the baseline is tuned."""
+    grid = [(lr, gap) for gap in (_gap(trial), 4 * _gap(trial)) for lr in RATES]
+    lr, gap = min(grid, key=lambda point: _run(trial, "GaLore, exact", *point).loss)
+    return {"lr": lr, "gap": gap}
+
+
+def _tune_float(trial: Trial, **_: Any) -> dict[str, Any]:
+    """The rate of the unquantized projection; the 4-bit one takes it."""
+    return {"lr": min(RATES, key=lambda lr: _run(trial, "QGaLore", lr, projector=FLOAT).loss)}
 
 
 def _within_one_percent(trial: Trial, ours: Run, baseline: Run, names: tuple[str, str]) -> Paired:
@@ -132,26 +139,27 @@ def _within_one_percent(trial: Trial, ours: Run, baseline: Run, names: tuple[str
     return Paired(ours=ours.loss, baseline=1.01 * baseline.loss)
 
 
-@claim(control={"projector": RANDOM}, tune=_tune("GaLore, exact"))
+@claim(control={"projector": RANDOM}, tune=_tune_galore)
 def matches_galore(trial: Trial, projector: Projector = INT4) -> Paired:
     """Validation loss of Q-GaLore, weights in 8 bits, against 1.01 times GaLore's."""
     lr = trial.tuned["lr"]
     ours = _run(trial, "QGaLore", lr, projector=projector)
-    return _within_one_percent(trial, ours, _run(trial, "GaLore, exact", lr), ("Q-GaLore", "GaLore"))
+    galore = _run(trial, "GaLore, exact", lr, trial.tuned["gap"])
+    trial.log(galore_gap=trial.tuned["gap"])
+    return _within_one_percent(trial, ours, galore, ("Q-GaLore", "GaLore"))
 
 
 @claim(control={"projector": RANDOM})
 def fewer_svds(trial: Trial, projector: Projector = INT4) -> Exact:
     """How far the share of GaLore's decompositions that Q-GaLore makes lies above one half."""
     ours = _run(trial, "QGaLore", 0.016, projector=projector)
-    steps, gap = len(ours.curve), trial.pick(smoke=1, laptop=5, full=50)
     matrices = len(low_rank_groups(GPT(256, dim=64, depth=2, heads=4, context=32), rank=RANK)[0]["params"])
-    eager = matrices * math.ceil(steps / gap)
+    eager = matrices * math.ceil(len(ours.curve) / _gap(trial))
     trial.log(share=ours.refreshes / eager, refreshes=ours.refreshes, galore=eager, loss=ours.loss)
     return Exact(max(0.0, ours.refreshes / eager - 0.5))
 
 
-@claim(control={"projector": BROKEN}, tune=_tune("QGaLore", projector=FLOAT))
+@claim(control={"projector": BROKEN}, tune=_tune_float)
 def int4_projection(trial: Trial, projector: Projector = INT4) -> Paired:
     """Validation loss with the projection in 4 bits against 1.01 times that with it in 32."""
     lr = trial.tuned["lr"]
@@ -207,12 +215,12 @@ def _ours_and_lora(dim: int, depth: int, rank: int, dtype: torch.dtype, int8: bo
 
 @claim(control={"int8": False})
 def half_of_lora_bytes(trial: Trial, int8: bool = True) -> Ratio:
-    """Bytes of weights and optimizer state against LoRA's at equal rank, both in bfloat16."""
+    """Bytes of weights and optimizer state against LoRA's at equal rank, both in float32."""
     dim, depth = int(trial.rng.choice((64, 96, 128, 192))), int(trial.rng.integers(2, 5))
     rank = dim // 4
-    ours, lora = _ours_and_lora(dim, depth, rank, torch.bfloat16, int8)
-    wide = _ours_and_lora(dim, depth, rank, torch.float32, int8)
-    trial.log(dim=dim, depth=depth, rank=rank, ours=ours, lora=lora, float32_ratio=wide[0] / wide[1])
+    ours, lora = _ours_and_lora(dim, depth, rank, torch.float32, int8)
+    half = _ours_and_lora(dim, depth, rank, torch.bfloat16, int8)
+    trial.log(dim=dim, depth=depth, rank=rank, ours=ours, lora=lora, bfloat16_ratio=half[0] / half[1])
     return Ratio(ours=ours, baseline=lora)
 
 
