@@ -130,9 +130,14 @@ def dequantize(stored: Quantized, shape: tuple[int, ...] | torch.Size, bits: int
             f"shape {tuple(shape)} needs {n} codes in {groups} groups of {group_size}; "
             f"{held} codes and {stored.scale.numel()} scales are stored"
         )
-    codes = torch.stack([stored.codes & 15, stored.codes >> 4], dim=1).reshape(-1)[:n] if bits == 4 else stored.codes
     wide = torch.float32 if stored.scale.dtype in (torch.float16, torch.bfloat16) else stored.scale.dtype
-    levels = _grouped(codes.to(wide), group_size)
+    if bits == 4:
+        pairs = stored.codes.new_empty((stored.codes.numel(), 2), dtype=wide)
+        pairs[:, 0], pairs[:, 1] = stored.codes & 15, stored.codes >> 4
+        levels = pairs.view(-1)[:n]
+    else:
+        levels = stored.codes.to(wide)
+    levels = _grouped(levels, group_size)
     values = levels.sub_(stored.zero.to(wide)[:, None]).mul_(stored.scale.to(wide)[:, None])  # levels are a copy
     return values.reshape(-1)[:n].reshape(shape).to(stored.scale.dtype)
 

@@ -22,7 +22,7 @@ from corollary.papers.optim._low_rank import RANK, Array, Run, int4_basis, pretr
 from corollary.testing import Case
 from corollary.testing.optimizer import Problem
 
-RATES = (0.008, 0.016, 0.032, 0.064)
+RATES = (0.008, 0.016, 0.032)
 """learning rates that the baseline is tuned over; Q-GaLore then takes the baseline's"""
 
 # ------------------------------------------------------------------------------------------------------------ conformance
