@@ -63,8 +63,8 @@ def mfac_prune(
     When not to use it: where the model is trained on after pruning for long: then magnitudes do nearly as well. A loss that is at
     its minimum for every single sample has no gradients and says nothing.
 
-    Deviations from the paper: 'joint' (the paper sums single steps), and F has the share of each batch in m even where ``batches``
-    is short; the authors' code leaves its last row zero.
+    Deviations from the paper: 'joint', where the paper sums single steps. The authors' code leaves the last of its m gradients
+    zero; here all are used.
 
     Example:
         >>> import torch
