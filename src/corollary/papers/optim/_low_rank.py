@@ -19,6 +19,7 @@ from torch.optim import AdamW, Optimizer
 
 from corollary.claims import Trial
 from corollary.data import TokenStream, stdlib_text
+from corollary.linalg import dct_columns
 from corollary.models import GPT
 from corollary.optim import (
     BAdam,
@@ -33,8 +34,9 @@ from corollary.optim import (
     state_bytes,
     weight_bytes,
 )
-from corollary.optim.projectors import Columns
-from corollary.optim.residuals import NormScaled
+from corollary.optim.projectors import DCT, Site
+from corollary.optim.residuals import NormScaled, SignSGD, Step
+from corollary.optim.subspaces import Basis, Subspace
 from corollary.testing.optimizer import Problem
 
 Array = NDArray[np.float64]
@@ -77,6 +79,50 @@ def _adamw(model: nn.Module, lr: float, rank: int) -> Optimizer:
     return AdamW(model.parameters(), lr=lr, weight_decay=0.0)
 
 
+@dataclass(frozen=True)
+class Subtracted(NormScaled):
+    """A control: Fira's scaled residual with the wrong sign."""
+
+    def apply_(self, param: Tensor, step: Step) -> None:
+        kept = param.clone()
+        step.subspace.add_(kept, step.update, -step.step_size)
+        super().apply_(param, step)
+        param.copy_(2 * kept - param)  # what the parent took off beyond `kept` is put on
+
+
+@dataclass(frozen=True)
+class MisplacedSigns(SignSGD):
+    """A control: FRUGAL's sign step with the signs of the columns beside."""
+
+    def apply_(self, param: Tensor, step: Step) -> None:
+        rest = step.gradient.clone()
+        step.subspace.add_(rest, step.low, -1.0)
+        param.add_(rest.roll(1, dims=1).sign_(), alpha=-step.lr * self.lr_scale)
+        step.subspace.add_(param, step.update, -step.step_size)
+
+
+class _Misplaced(Basis):
+    """Projects onto some cosine waves and comes back by their neighbours."""
+
+    def __init__(self, waves: Basis, back: Tensor) -> None:
+        super().__init__(waves.basis, waves.dim)
+        self._back = Basis(back, waves.dim)
+
+    def add_(self, out: Tensor, low: Tensor, alpha: float) -> None:
+        self._back.add_(out, low, alpha)
+
+
+@dataclass(frozen=True)
+class MisplacedWaves(DCT):
+    """A control: the waves with the largest norms are chosen, and their coordinates are given to the waves beside them."""
+
+    def subspace(self, state: dict[str, Any], site: Site) -> Subspace:
+        waves = super().subspace(state, site)
+        assert isinstance(waves, Basis)
+        n = site.shape[site.dim]
+        return _Misplaced(waves, dct_columns(n, (state["indices"] + 1) % n, dtype=site.dtype))
+
+
 def preset(kind: Callable[..., ProjectedAdamW], **defaults: Any) -> Callable[..., Optimizer]:
     """A method of `METHODS`: the preset on every linear layer, AdamW on embedding and norms."""
 
@@ -101,15 +147,14 @@ METHODS: dict[str, Callable[..., Optimizer]] = {
     "LoRA": _lora,
     "GaLore": preset(GaLore, scale=1.0),
     "Fira": preset(Fira),
-    "Fira, unscaled": preset(ProjectedAdamW, projector="randomized", residual=NormScaled(scaled=False)),
-    "Random subspace": preset(ProjectedAdamW, projector="random", residual="drop"),
+    "Fira, residual subtracted": preset(ProjectedAdamW, projector="randomized", residual=Subtracted()),
     "Frugal": preset(Frugal, projector="columns"),
-    "Random columns": preset(Frugal, projector="columns", residual="drop"),
+    "Frugal, signs misplaced": preset(Frugal, projector="columns", residual=MisplacedSigns()),
     "BAdam": preset(BAdam),
     "BAdam, drawn otherwise": preset(BAdam, seed=1),
     "DCTAdamW": preset(DCTAdamW, update_proj_gap=1),
     "GaLore, exact": preset(GaLore, scale=1.0, projector="svd"),
-    "Random waves": preset(ProjectedAdamW, projector=Columns(None), moments="rotate", update_proj_gap=1),
+    "DCTAdamW, misplaced": preset(ProjectedAdamW, projector=MisplacedWaves(), moments="rotate", update_proj_gap=1),
     "QGaLore": _q_galore,
 }
 """``make(model, lr, rank, **options)`` by name; presets that other papers bring are added by them"""
