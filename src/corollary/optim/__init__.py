@@ -21,8 +21,8 @@ from corollary.optim.last_iterate_sgd import CompositeMirrorDescent, LastIterate
 from corollary.optim.lion_k import LionK
 from corollary.optim.lr_vs_batch import SLQLearningRate, batch_eigenvalues, batch_noise, scale_lr
 from corollary.optim.m_fac import MFAC
+from corollary.optim.m_fac_pruning import mfac_prune
 from corollary.optim.matrix_free_fisher import MatrixFreeFisher
-from corollary.optim.mfac_prune import mfac_prune
 from corollary.optim.multiplier_lr import MultiplierLR
 from corollary.optim.projected import ProjectedAdamW, low_rank_groups
 from corollary.optim.q_galore import QGaLore

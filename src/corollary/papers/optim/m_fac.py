@@ -22,7 +22,7 @@ from corollary.linalg import per_sample_gradients
 from corollary.linalg.fisher import gram_matrix
 from corollary.models import MLP, ResNet
 from corollary.optim import MFAC, MatrixFreeFisher, SlidingFisher, mfac_prune
-from corollary.optim.mfac_prune import obs_step
+from corollary.optim.m_fac_pruning import obs_step
 from corollary.testing import Case, Problem
 from corollary.testing.optimizer import separable
 
