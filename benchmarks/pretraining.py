@@ -36,6 +36,7 @@ TUNING_SEED = 7_000_001
 FIRST_SEED = 8_000_001
 PAPERS = ("AdamW", "LoRA", "GaLore", "Fira", "Frugal", "QGaLore", "DCTAdamW")
 PROJECTORS = ("randomized", "dct", "random", "columns")
+PAIR_RATES = (0.004, 0.008, 0.016, 0.032)
 KNOWN = {"randomized + norm, keep", "randomized + drop, keep", "columns + sign, reset", "dct + drop, rotate"}
 
 
@@ -44,7 +45,7 @@ def _pairs() -> dict[str, Callable[..., Optimizer]]:
     return {
         name: low_rank.preset(ProjectedAdamW, projector=kind, residual=residual, moments=moments)
         for kind in PROJECTORS
-        for residual in ("drop", "sign", "sgd", "norm")
+        for residual in ("drop", "sign", "norm")
         for moments in ("keep", "rotate")
         if (name := f"{kind} + {residual}, {moments}") not in KNOWN
     }
@@ -88,11 +89,14 @@ def _all(calls: list[tuple[Any, ...]], jobs: int, words: str) -> list[dict[str, 
     return list(track(results, description=words, total=len(calls), console=console))
 
 
-def _tuned(methods: dict[str, float], steps: int, jobs: int, words: str) -> dict[str, tuple[float, float]]:
+def _tuned(
+    methods: dict[str, float], rates: tuple[float, ...], steps: int, jobs: int, words: str
+) -> dict[str, tuple[float, float]]:
     """The best rate of each method on the tuning seed, and its loss there."""
-    calls = [(name, rate, TUNING_SEED, steps, rank) for name, rank in methods.items() for rate in low_rank.RATES]
+    calls = [(name, rate, TUNING_SEED, steps, rank) for name, rank in methods.items() for rate in rates]
     losses = iter(_all(calls, jobs, words))
-    return {name: min((next(losses)["loss"], rate) for rate in low_rank.RATES)[::-1] for name in methods}
+    best = {name: min((next(losses)["loss"], rate) for rate in rates) for name in methods}
+    return {name: (rate, loss) for name, (loss, rate) in best.items()}
 
 
 def _row(
@@ -130,9 +134,9 @@ def main() -> int:
     budget = _bytes("Fira", low_rank.RANK)
     sizes = {name: _largest(name, budget) for name in PAPERS}
     pairs = {name: _largest(name, budget) for name in _pairs()}
-    found = _tuned(pairs, options.steps, options.jobs, "pairs that no paper has")
+    found = _tuned(pairs, PAIR_RATES, options.steps, options.jobs, "pairs that no paper has")
     best = min(found, key=lambda name: found[name][1])
-    rates = _tuned(sizes, options.steps, options.jobs, "learning rates")
+    rates = _tuned(sizes, low_rank.RATES, options.steps, options.jobs, "learning rates")
     chosen = {**{name: (sizes[name], rates[name][0]) for name in PAPERS}, best: (pairs[best], found[best][0])}
 
     seeds = [FIRST_SEED + i for i in range(options.seeds)]
