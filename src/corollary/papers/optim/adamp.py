@@ -150,6 +150,23 @@ class RandomlyProjectedSGDP(SGDP):
         return _step_projected_at_random(self, super().step, closure)
 
 
+class RadialSGDP(SGDP):
+    """The control of the accuracy: the radial component alone is kept, and all else dropped."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        matrices = [p for group in self.param_groups for p in group["params"] if p.dim() > 1]
+        before = [p.clone() for p in matrices]
+        for group in self.param_groups:
+            group["delta"] = 0.0
+        loss = super().step(closure)
+        for new, old in zip(matrices, before, strict=True):
+            direction = normalize(old.flatten(1), dim=1)
+            along = ((new - old).flatten(1) * direction).sum(1, keepdim=True)
+            new.copy_(old + (along * direction).view_as(new))
+        return loss
+
+
 @torch.no_grad()
 def _step_projected_at_random(optimizer: Optimizer, step: Callable[..., Any], closure: Callable[[], Any] | None) -> Any:
     matrices = [p for group in optimizer.param_groups for p in group["params"] if p.dim() > 1]
@@ -172,6 +189,7 @@ METHODS: Mapping[str, Callable[..., Optimizer]] = {
     "SGDP": partial(SGDP, momentum=0.9),
     "SGD-M": partial(torch.optim.SGD, momentum=0.9, foreach=True),
     "SGDP, random direction": partial(RandomlyProjectedSGDP, momentum=0.9),
+    "SGDP, radial": partial(RadialSGDP, momentum=0.9),
 }
 
 
@@ -304,7 +322,7 @@ def accuracy_adamp(trial: Trial, method: str = "AdamP") -> Paired:
     return _accuracy(trial, method)
 
 
-@claim(control={"method": "SGDP, random direction"}, tune=_tune_sgd)
+@claim(control={"method": "SGDP, radial"}, tune=_tune_sgd)
 def accuracy_sgdp(trial: Trial, method: str = "SGDP") -> Paired:
     """The same for SGDP against SGD-M."""
     return _accuracy(trial, method)
