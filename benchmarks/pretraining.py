@@ -37,7 +37,7 @@ FIRST_SEED = 8_000_001
 PAPERS = ("AdamW", "LoRA", "GaLore", "Fira", "Frugal", "QGaLore", "DCTAdamW")
 PROJECTORS = ("randomized", "dct", "random", "columns")
 PAIR_RATES = (0.008, 0.016, 0.032)
-KNOWN = {"randomized + norm", "randomized + drop"}
+KNOWN = {"randomized + norm", "randomized + drop", "dct + drop"}
 
 
 def _pairs() -> dict[str, Callable[..., Optimizer]]:

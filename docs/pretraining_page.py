@@ -29,7 +29,6 @@ from corollary.optim import ProjectedAdamW, low_rank_groups
 
 optimizer = ProjectedAdamW(
     low_rank_groups(model, rank={rank}), lr={rate}, projector="{projector}", residual="{residual}", update_proj_gap=50
-
 )
 ```
 """
