@@ -40,6 +40,16 @@ PAIR_RATES = (0.008, 0.016, 0.032)
 KNOWN = {"randomized + norm", "randomized + drop", "dct + drop"}
 
 
+def _two_rates(model: torch.nn.Module, lr: float, rank: float, **_: Any) -> Optimizer:
+    """AdamW with the matrices at a quarter of the rate of embedding and norms: how much one rate for all costs it."""
+    projected, rest = low_rank.low_rank_groups(model, rank=low_rank.RANK)
+    groups = [{"params": projected["params"], "lr": lr / 4}, {"params": rest["params"]}]
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
+
+
+EXTRA: dict[str, Callable[..., Optimizer]] = {"AdamW, matrices at a quarter of the rate": _two_rates}
+
+
 def _pairs() -> dict[str, Callable[..., Optimizer]]:
     """Projectors with the residual dropped or scaled by its norm, but the pairs that a paper has."""
     return {
@@ -63,7 +73,7 @@ def _bytes(method: str, rank: float) -> int:
 
 def _largest(method: str, budget: int) -> float:
     """The largest rank, or density where that is what the method takes, within the budget."""
-    if method in ("AdamW", "LoRA"):
+    if method in ("AdamW", "LoRA", *EXTRA):
         return low_rank.RANK  # AdamW has none; LoRA's factors are sized by the harness to no fewer bytes than Fira's
     sizes: list[float] = [i / 64 for i in range(1, 64)] if method == "Frugal" else list(range(1, 64))
     best = sizes[0]
@@ -77,7 +87,7 @@ def _largest(method: str, budget: int) -> float:
 def _run(method: str, rate: float, seed: int, steps: int, rank: float) -> dict[str, Any]:
     """One run, in a worker: `METHODS` is filled anew there."""
     torch.set_num_threads(1)
-    low_rank.METHODS.update(_pairs())
+    low_rank.METHODS.update({**EXTRA, **_pairs()})
     run = low_rank.pretrain(method, rate, seed, steps, rank)
     return {"loss": run.loss, "state_bytes": run.state_bytes, "step_seconds": run.step_seconds}
 
@@ -105,7 +115,7 @@ def _row(
     low, high = bca_interval(losses)
     row = {
         "method": label,
-        "rank": rank if name != "AdamW" else None,
+        "rank": None if name.startswith("AdamW") else rank,
         "rate": rate,
         "loss": float(losses.mean()),
         "loss_low": low,
@@ -129,14 +139,14 @@ def main() -> int:
     if options.seeds < 2 or options.steps < 1 or options.jobs < 1:
         parser.error("--seeds must be at least 2, --steps and --jobs at least 1")
 
-    low_rank.METHODS.update(_pairs())
+    low_rank.METHODS.update({**EXTRA, **_pairs()})
     budget = _bytes("Fira", low_rank.RANK)
-    sizes = {name: _largest(name, budget) for name in PAPERS}
+    sizes = {name: _largest(name, budget) for name in (*PAPERS, *EXTRA)}
     pairs = {name: _largest(name, budget) for name in _pairs()}
     found = _tuned(pairs, PAIR_RATES, options.steps, options.jobs, "pairs that no paper has")
     best = min(found, key=lambda name: found[name][1])
     rates = _tuned(sizes, low_rank.RATES, options.steps, options.jobs, "learning rates")
-    chosen = {**{name: (sizes[name], rates[name][0]) for name in PAPERS}, best: (pairs[best], found[best][0])}
+    chosen = {**{name: (sizes[name], rates[name][0]) for name in sizes}, best: (pairs[best], found[best][0])}
 
     seeds = [FIRST_SEED + i for i in range(options.seeds)]
     # Seed by seed, so that a drift of the machine falls on all methods alike.
