@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from corollary.claims import ClaimFunction, catalogue
 from corollary.testing import iterate_checks
@@ -24,6 +25,13 @@ def _rows() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("check", "case"), _rows())
 def test_component(check: Any, case: Any) -> None:
+    # On a busy machine a process that leaves gloo can be aborted by one of its threads, after its work is done.
+    for _ in range(2):
+        try:
+            return check(case)
+        except ProcessExitedException as error:
+            if error.signal_name != "SIGABRT":
+                raise
     check(case)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.spawn import ProcessExitedException
 from torch.optim import Optimizer
 
 from corollary.testing import Case, Problem, check_optimizer, checks
@@ -104,6 +105,13 @@ ADAMW_TAGS = {"oracle": adamw_oracle, "options": ({}, {"weight_decay": 0.1}), "c
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_adamw_of_torch_passes(name: str) -> None:
+    # On a busy machine a process that leaves gloo can be aborted by one of its threads, after its work is done.
+    for _ in range(2):
+        try:
+            return CHECKS[name](Case(adamw, ADAMW_TAGS))
+        except ProcessExitedException as error:
+            if error.signal_name != "SIGABRT":
+                raise
     CHECKS[name](Case(adamw, ADAMW_TAGS))
 
 
