@@ -131,12 +131,15 @@ def memory(case: Case) -> None:
         problem = _problem(case, batches)
         return peak_bytes(lambda: _run(case, problem))
 
-    # Among millions of older objects the collector waits long, and garbage in cycles looks like growth: set the older ones aside.
+    # Garbage in cycles is no growth: let the collector look often, and only at what is new.
+    thresholds = gc.get_threshold()
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20, 2, 2)
     try:
-        few, many = (min(peak(batches) for _ in range(3)) for batches in (_FEW, _MANY))
+        few, many = peak(_FEW), peak(_MANY)
     finally:
+        gc.set_threshold(*thresholds)
         gc.unfreeze()
     # The slack is for the measurement, which allocates a little for each operation that it watches.
     assert many <= 1.1 * few + 32768, (
