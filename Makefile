@@ -37,11 +37,11 @@ $(BIN)/torch.installed: constraints.txt
 	touch $@
 
 $(VENV)/.run: $(BIN)/torch.installed pyproject.toml
-	$(PIP) --editable ".[hf,images,claims]"
+	$(PIP) --editable ".[hf,images,claims,web]"
 	touch $@
 
 $(VENV)/.dev: $(BIN)/torch.installed pyproject.toml
-	$(PIP) --editable ".[hf,images,claims,bench,dask,docs,dev]"
+	$(PIP) --editable ".[hf,images,claims,web,postgres,bench,dask,docs,dev]"
 	touch $@
 
 # The report is tested in a real browser. Debian's is installed where that is possible; elsewhere any Chrome or Chromium on

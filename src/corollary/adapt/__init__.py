@@ -1,0 +1,1 @@
+"""Changing a pretrained model cheaply: adapters, merging, steering, continual learning and unlearning."""
