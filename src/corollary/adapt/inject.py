@@ -42,7 +42,7 @@ class AdapterDict(nn.ModuleDict):
 
 def _apply(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor:
     # A plain function, so that copies of the model call their own adapters.
-    return cast(Tensor, layer.adapters(args[0] if args else next(iter(kwargs.values())), out))
+    return cast(Tensor, cast(AdapterDict, layer.adapters)(args[0] if args else next(iter(kwargs.values())), out))
 
 
 @dataclass
@@ -103,7 +103,9 @@ def _matches(name: str, module: nn.Module, target: Target) -> bool:
 def find_targets(model: nn.Module, targets: Target | Sequence[Target] | None) -> dict[str, nn.Module]:
     """The layers that ``targets`` names, in the model's order; see `adapt`."""
     candidates = {
-        name: module for name, module in model.named_modules() if f".{_ATTRIBUTE}." not in f".{name}." and not isinstance(module, Adapter)
+        name: module
+        for name, module in model.named_modules()
+        if f".{_ATTRIBUTE}." not in f".{name}." and not isinstance(module, Adapter)
     }
     if targets is None:
         chosen = {
@@ -134,7 +136,9 @@ def find_targets(model: nn.Module, targets: Target | Sequence[Target] | None) ->
     return {name: module for name, module in candidates.items() if name in chosen}
 
 
-def _sites(model: nn.Module, config: AdapterConfig, targets: Target | Sequence[Target] | None) -> dict[str, tuple[Site, Tensor]]:
+def _sites(
+    model: nn.Module, config: AdapterConfig, targets: Target | Sequence[Target] | None
+) -> dict[str, tuple[Site, Tensor]]:
     return {name: _site(name, layer, config) for name, layer in find_targets(model, targets).items()}
 
 

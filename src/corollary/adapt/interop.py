@@ -51,7 +51,9 @@ def to_peft(model: nn.Module, folder: str | Path, name: str = "default", *, base
     for site, _, adapters in layers_of(model, name):
         adapter = adapters[name]
         if not isinstance(adapter, LowRankAdapter):
-            raise ValueError(f"{type(entry.config).__name__} is not of the form B A, and peft's LoRA is; merge it and save the model")
+            raise ValueError(
+                f"{type(entry.config).__name__} is not of the form B A, and peft's LoRA is; merge it and save the model"
+            )
         if not site:
             raise ValueError("the adapter sits on the model itself; peft names layers within a model")
         b, a = (factor.detach() for factor in adapter.factors())
@@ -125,7 +127,7 @@ def from_peft(model: nn.Module, folder: str | Path, name: str = "default") -> nn
         raise ValueError(f"'folder': '{folder}' has no adapter_model.safetensors (pickled checkpoints are not read)")
     try:
         tensors = load_file(weights)
-    except Exception as error:  # noqa: BLE001 - the reader raises several kinds
+    except Exception as error:
         raise ValueError(f"'folder': '{weights}' is not a valid safetensors file: {error}") from error
     factors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -147,13 +149,20 @@ def from_peft(model: nn.Module, folder: str | Path, name: str = "default") -> nn
                     from corollary.adapt.inject import delete_adapter
 
                     delete_adapter(model, name)
-                    raise ValueError(f"'folder': a factor of '{site}' is {tuple(given.shape)}; the model needs {tuple(own.shape)}")
+                    raise ValueError(
+                        f"'folder': a factor of '{site}' is {tuple(given.shape)}; the model needs {tuple(own.shape)}"
+                    )
                 own.copy_(given)
     return model
 
 
 def _split(key: str) -> tuple[str, str]:
-    for ending, side in ((".lora_A.weight", "A"), (".lora_B.weight", "B"), (".lora_embedding_A", "A"), (".lora_embedding_B", "B")):
+    for ending, side in (
+        (".lora_A.weight", "A"),
+        (".lora_B.weight", "B"),
+        (".lora_embedding_A", "A"),
+        (".lora_embedding_B", "B"),
+    ):
         if key.endswith(ending):
             return key.removeprefix(_PREFIX).removesuffix(ending), side
     raise ValueError(f"'folder': the checkpoint holds '{key}', which is no factor of a LoRA")

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from corollary.adapt.base import AdapterConfig, LowRankAdapter, cast, need_finite, need_probability, need_rank

@@ -56,10 +56,14 @@ class AdapterReport:
         return asdict(self) | {"share": self.share}
 
     def __str__(self) -> str:
-        lines = [f"{self.trainable:,} of {self.total:,} parameters train ({100 * self.share:.3g}%); {self.saved_bytes:,} bytes to save"]
+        lines = [
+            f"{self.trainable:,} of {self.total:,} parameters train ({100 * self.share:.3g}%); {self.saved_bytes:,} bytes to save"
+        ]
         if self.step_seconds is not None and self.step_bytes is not None:
             lines.append(f"a step takes {1e3 * self.step_seconds:.3g} ms and allocates up to {self.step_bytes:,} bytes")
-        lines += [f"  {row.layer or '(the model)'}: {row.adapter} {row.method}, {row.trainable:,} trained" for row in self.layers]
+        lines += [
+            f"  {row.layer or '(the model)'}: {row.adapter} {row.method}, {row.trainable:,} trained" for row in self.layers
+        ]
         return "\n".join(lines)
 
 

@@ -81,7 +81,9 @@ class Site:
             if layer.max_norm is not None:
                 raise TypeError("an nn.Embedding with 'max_norm' rewrites its own weight in forward; adapters need it frozen")
             return cls("embedding", tuple(layer.weight.shape), transposed=True)
-        raise TypeError(f"a {type(layer).__name__} cannot be adapted; supported: Linear, Conv1d, Conv2d, Embedding, transformers' Conv1D")
+        raise TypeError(
+            f"a {type(layer).__name__} cannot be adapted; supported: Linear, Conv1d, Conv2d, Embedding, transformers' Conv1D"
+        )
 
     @property
     def out_features(self) -> int:
@@ -119,7 +121,7 @@ class Site:
             padding = self.padding  # type: ignore[assignment]
         convolve = F.conv1d if self.kind == "conv1d" else F.conv2d
         kernel = self._kernel(a, self.weight_shape[2:])
-        return convolve(x, kernel, None, self.stride, padding, self.dilation, self.groups)  # type: ignore[arg-type]
+        return convolve(x, kernel, None, self.stride, padding, self.dilation, self.groups)
 
     def scale(self, h: Tensor, d: Tensor) -> Tensor:
         """diag(d) · h, for d (rank,) and h of `reduce`, or of (out,) and h of `expand`."""
@@ -159,4 +161,4 @@ class Site:
         else:
             padding = self.padding  # type: ignore[assignment]
         convolve = F.conv1d if self.kind == "conv1d" else F.conv2d
-        return convolve(x, self.weight(matrix), None, self.stride, padding, self.dilation, self.groups)  # type: ignore[arg-type]
+        return convolve(x, self.weight(matrix), None, self.stride, padding, self.dilation, self.groups)

@@ -48,7 +48,7 @@ from corollary.adapt import (
     unmerge_adapters,
 )
 from corollary.testing.case import Case, Check, run_checks
-from corollary.testing.layer import _distance
+from corollary.testing.layer import _distance, _refused
 
 
 def _hf_conv1d() -> nn.Module:
@@ -82,7 +82,9 @@ def _inputs(kind: str, dtype: torch.dtype, batch: int = 3) -> Tensor:
     generator = torch.Generator().manual_seed(7)
     if kind == "embedding":
         return torch.randint(0, 11, (batch, 5), generator=generator)
-    shape = {"linear": (batch, 2, 12), "transformers": (batch, 2, 12), "conv1d": (batch, 4, 9), "conv2d": (batch, 4, 9, 8)}[kind]
+    shape = {"linear": (batch, 2, 12), "transformers": (batch, 2, 12), "conv1d": (batch, 4, 9), "conv2d": (batch, 4, 9, 8)}[
+        kind
+    ]
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
@@ -129,8 +131,8 @@ def _adapted(case: Case, kind: str, dtype: torch.dtype = torch.float32) -> nn.Mo
 def _placed(model: nn.Module, name: str = "default") -> Iterator[tuple[str, nn.Module, Adapter]]:
     for site, layer in model.named_modules():
         held = layer._modules.get("adapters")
-        if held is not None and name in held:  # type: ignore[operator]
-            yield site, layer, cast(Adapter, held[name])  # type: ignore[index]
+        if isinstance(held, nn.ModuleDict) and name in held:
+            yield site, layer, cast(Adapter, held[name])
 
 
 def identity_at_start(case: Case) -> None:
@@ -143,7 +145,9 @@ def identity_at_start(case: Case) -> None:
         x = _inputs(kind, torch.float64)
         before = model(x).detach()
         error = _distance(_put_on(case, model, kind)(x), before)
-        assert error <= (1e-12 if allowed is True else allowed), f"{kind}: the output changed by {error:.1e} before any training"
+        assert error <= (1e-12 if allowed is True else allowed), (
+            f"{kind}: the output changed by {error:.1e} before any training"
+        )
 
 
 def base_untouched(case: Case) -> None:
@@ -232,7 +236,9 @@ def merge_equals_unmerged(case: Case) -> None:
         assert changed, f"{kind}: merging changed no weight"
         unmerge_adapters(model)
         for site, weight in weights.items():
-            assert torch.equal(cast(Tensor, model.get_submodule(site).weight), weight), f"{kind}: unmerging lost bits of '{site}'"
+            assert torch.equal(cast(Tensor, model.get_submodule(site).weight), weight), (
+                f"{kind}: unmerging lost bits of '{site}'"
+            )
         assert torch.equal(model(x), out), f"{kind}: after unmerging the output is another"
 
 
@@ -290,7 +296,9 @@ def save_and_load(case: Case) -> None:
             path = save_adapter(model, Path(folder) / "adapter.safetensors")
             other = load_adapter(_base(kind), path, name="loaded")
             assert [p.name for p in Path(folder).iterdir()] == [path.name], "files are left beside the saved one"
-        assert other.__dict__["_corollary_adapters"].entries["loaded"].config == case.make(), f"{kind}: another configuration came back"
+        assert other.__dict__["_corollary_adapters"].entries["loaded"].config == case.make(), (
+            f"{kind}: another configuration came back"
+        )
         assert torch.equal(other(x), model(x)), f"{kind}: the loaded adapter gives something else"
 
 
@@ -317,12 +325,7 @@ def wrong_state(case: Case) -> None:
         state | {"stranger": torch.zeros(2)},
         state | {first: torch.zeros(*state[first].shape, 2)},
     ):
-        try:
-            load_adapter_state_dict(model, broken)
-        except ValueError as error:
-            assert first in str(error) or "stranger" in str(error), f"the error names no tensor: {error}"
-        else:
-            raise AssertionError("a state that does not fit was accepted")
+        _refused(lambda broken=broken: load_adapter_state_dict(model, broken), "a state that does not fit", (first, "stranger"))  # type: ignore[misc]
         assert torch.equal(model(x), out), "a refused state changed the adapter"
 
 
@@ -406,7 +409,9 @@ def dtype(case: Case) -> None:
             for name, parameter in _trained(model).items():
                 assert parameter.dtype == kind_of_number, f"{kind}: '{name}' is {parameter.dtype} on a {kind_of_number} model"
             out.float().sum().backward()
-            assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters()), f"{kind}: a gradient is not finite"
+            assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters()), (
+                f"{kind}: a gradient is not finite"
+            )
         model = _adapted(case, kind)
         x = _inputs(kind, torch.float32)
         wanted = model(x)
