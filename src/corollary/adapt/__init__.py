@@ -3,12 +3,15 @@
 from corollary.adapt.base import Adapter, AdapterConfig, LowRankAdapter
 from corollary.adapt.inject import adapt, adapter_penalty, delete_adapter, disable_adapters, set_adapters
 from corollary.adapt.interop import from_peft, to_peft
+from corollary.adapt.loldu import LoLDU
 from corollary.adapt.lora import LoRA
+from corollary.adapt.lora_sb import LoRASB, mean_gradients
 from corollary.adapt.lora_xs import LoRAXS
 from corollary.adapt.merged import merge_adapters, merge_and_unload, unmerge_adapters
 from corollary.adapt.report import AdapterReport, adapter_report
 from corollary.adapt.site import Site
 from corollary.adapt.state import adapter_state_dict, load_adapter, load_adapter_state_dict, save_adapter
+from corollary.adapt.svfit import SVFit
 from corollary.adapt.vera import VeRA
 
 __all__ = [
@@ -35,4 +38,8 @@ __all__ = [
     "LoRA",
     "LoRAXS",
     "VeRA",
+    "SVFit",
+    "LoLDU",
+    "LoRASB",
+    "mean_gradients",
 ]

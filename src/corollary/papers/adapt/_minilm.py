@@ -6,13 +6,14 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from corollary.adapt import AdapterConfig, adapt, adapter_penalty
+from corollary.claims import Paired, Trial
 from corollary.data import minilm, stdlib_docstrings
 
 CLASSES = 10
@@ -84,8 +85,8 @@ class Run:
     curve: tuple[float, ...]
 
 
-Method = Callable[[nn.Module], nn.Module] | AdapterConfig | None
-"""a configuration for every linear layer; or a function that puts its own on the encoder; or None for full fine-tuning"""
+Method = Callable[[nn.Module, float, int], nn.Module] | AdapterConfig | None
+"""a configuration for every linear layer; or ``method(model, lr, seed)`` that puts its own on the encoder; or None, full fine-tuning"""
 
 
 def split(seed: int) -> tuple[Tensor, Tensor]:
@@ -100,14 +101,19 @@ def encoder(seed: int) -> Encoder:
     return Encoder(docstrings().layers).train()
 
 
-def put_on(model: Encoder, method: Method, targets: Sequence[str] = LINEAR, **options: Any) -> nn.Module:
+def names(targets: Sequence[str] = LINEAR) -> list[str]:
+    """Patterns of the encoder's layers with these names."""
+    return [rf"layers\..*\.{target}" for target in targets]
+
+
+def put_on(model: Encoder, method: Method, lr: float, seed: int, targets: Sequence[str] = LINEAR) -> nn.Module:
     """The encoder with a method on its linear layers; None trains the whole of the pretrained layers."""
     if method is None:
         model.layers.requires_grad_(True)
         return model
     if isinstance(method, AdapterConfig):
-        return adapt(model, method, [rf"layers\..*\.{t}" for t in targets], **options)
-    return method(model)
+        return adapt(model, method, names(targets))
+    return method(model, lr, seed)
 
 
 def fit(
@@ -158,11 +164,60 @@ def accuracy(model: nn.Module, chosen: Tensor) -> float:
 @lru_cache(maxsize=1024)
 def fine_tune(method: Method, lr: float, seed: int, steps: int = STEPS, targets: tuple[str, ...] = LINEAR) -> Run:
     """One method from the same start, split and batches for the same seed; kept, so that claims share their baselines."""
-    return fit(put_on(encoder(seed), method, targets), lr, seed, steps)
+    return fit(put_on(encoder(seed), method, lr, seed, targets), lr, seed, steps)
 
 
-def best_rate(
-    method: Method, rates: Sequence[float], seed: int, steps: int = STEPS, targets: tuple[str, ...] = LINEAR
-) -> float:
-    """The learning rate of the highest accuracy over two seeds that no trial uses."""
-    return max(rates, key=lambda lr: sum(fine_tune(method, lr, seed + i, steps, targets).accuracy for i in range(2)))
+# ---------------------------------------------------------------------------------------------------------------- claims
+
+RATES: dict[str, tuple[float, ...]] = {
+    "full": (1e-4, 3e-4, 1e-3, 3e-3),
+    "LoRA": (0.0025, 0.005, 0.01, 0.02),
+    "VeRA": (0.025, 0.05, 0.1, 0.2),
+    "LoRAXS": (0.025, 0.05, 0.1, 0.2),
+}
+"""learning rates that the baselines are tuned over, by method; whoever compares a method with one tunes it over as many"""
+
+
+def steps_of(trial: Trial) -> int:
+    """Steps of training at the trial's scale."""
+    return trial.pick(smoke=2, laptop=STEPS)
+
+
+def tuning(
+    method: Method, rates: Sequence[float], baseline: Method, baseline_rates: Sequence[float]
+) -> Callable[..., dict[str, float]]:
+    """A ``tune`` hook: the rate of the highest accuracy over two seeds, for the method and for the baseline."""
+
+    def hook(trial: Trial, method: Method = method) -> dict[str, float]:
+        steps = steps_of(trial)
+        found = {}
+        for key, tried, grid in (("ours", method, rates), ("baseline", baseline, baseline_rates)):
+            if trial.scale == "smoke":
+                found[key] = grid[0]
+                continue
+            found[key] = max(grid, key=lambda lr: sum(fine_tune(tried, lr, trial.seed + i, steps).accuracy for i in range(2)))
+        return found
+
+    return hook
+
+
+def versus(trial: Trial, method: Method, baseline: Method, *, allowance: float = 0.0) -> Paired:
+    """Accuracy of a method against a baseline's less an allowance, each at its tuned rate."""
+    steps = steps_of(trial)
+    ours = fine_tune(method, trial.tuned["ours"], trial.seed, steps)
+    other = fine_tune(baseline, trial.tuned["baseline"], trial.seed, steps)
+    trial.log(
+        ours_trainable=ours.trainable,
+        baseline_trainable=other.trainable,
+        rate=trial.tuned["ours"],
+        baseline_rate=trial.tuned["baseline"],
+        baseline_accuracy=other.accuracy,
+    )
+    trial.figure(
+        "loss",
+        x=list(range(1, steps + 1)),
+        y={"ours": list(ours.curve), "baseline": list(other.curve)},
+        xlabel="step",
+        ylabel="training loss",
+    )
+    return Paired(ours=ours.accuracy, baseline=other.accuracy - allowance)
