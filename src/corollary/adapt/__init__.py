@@ -8,6 +8,7 @@ from corollary.adapt.lora import LoRA
 from corollary.adapt.lora_sb import LoRASB, mean_gradients
 from corollary.adapt.lora_xs import LoRAXS
 from corollary.adapt.merged import merge_adapters, merge_and_unload, unmerge_adapters
+from corollary.adapt.randlora import RandLoRA
 from corollary.adapt.report import AdapterReport, adapter_report
 from corollary.adapt.site import Site
 from corollary.adapt.state import adapter_state_dict, load_adapter, load_adapter_state_dict, save_adapter
@@ -38,6 +39,7 @@ __all__ = [
     "LoRA",
     "LoRAXS",
     "VeRA",
+    "RandLoRA",
     "SVFit",
     "LoLDU",
     "LoRASB",

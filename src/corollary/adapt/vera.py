@@ -80,8 +80,8 @@ class VeRA(AdapterConfig):
 
     def prepare(self, sites: Mapping[str, tuple[Site, Tensor]], calibration: Any = None) -> Mapping[str, Any]:
         generator = torch.Generator().manual_seed(self.seed)
-        a = _kaiming_uniform(self.rank, max(site.in_features for site, _ in sites.values()), generator)
-        b = _kaiming_uniform(max(site.out_features for site, _ in sites.values()), self.rank, generator)
+        a = kaiming_uniform(self.rank, max(site.in_features for site, _ in sites.values()), generator)
+        b = kaiming_uniform(max(site.out_features for site, _ in sites.values()), self.rank, generator)
         placed: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         for _, weight in sites.values():
             if (weight.device, weight.dtype) not in placed:
@@ -97,6 +97,7 @@ class VeRA(AdapterConfig):
         return VeRAAdapter(site, a, b, self.d_initial, self.dropout)
 
 
-def _kaiming_uniform(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+def kaiming_uniform(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Uniform with variance 2 / columns, as Kaiming initialization has it for rectifiers."""
     bound = math.sqrt(6 / columns)
     return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
