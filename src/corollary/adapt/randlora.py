@@ -98,7 +98,7 @@ class RandLoRA(AdapterConfig):
         generator = torch.Generator().manual_seed(self.seed)
         a = kaiming_uniform(self.rank, shortest, generator)
         b = torch.stack([kaiming_uniform(longest, self.rank, generator) for _ in range(math.ceil(shortest / self.rank))], 1)
-        a, b = a / a.std(), b / b.std()
+        a, b = a / a.square().mean().sqrt(), b / b.square().mean().sqrt()
         placed: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         for _, weight in sites.values():
             if (weight.device, weight.dtype) not in placed:
