@@ -13,6 +13,7 @@ from corollary.adapt.report import AdapterReport, adapter_report
 from corollary.adapt.site import Site
 from corollary.adapt.state import adapter_state_dict, load_adapter, load_adapter_state_dict, save_adapter
 from corollary.adapt.svfit import SVFit
+from corollary.adapt.triadaptlora import RankGrowth, TriAdaptLoRA
 from corollary.adapt.vera import VeRA
 
 __all__ = [
@@ -40,6 +41,8 @@ __all__ = [
     "LoRAXS",
     "VeRA",
     "RandLoRA",
+    "TriAdaptLoRA",
+    "RankGrowth",
     "SVFit",
     "LoLDU",
     "LoRASB",
