@@ -4,6 +4,13 @@ from corollary.adapt.base import Adapter, AdapterConfig, LowRankAdapter
 from corollary.adapt.inject import adapt, adapter_penalty, delete_adapter, disable_adapters, set_adapters
 from corollary.adapt.interop import from_peft, to_peft
 from corollary.adapt.lora import LoRA
+from corollary.adapt.lora_limits import (
+    LoRAGradient,
+    NormThreshold,
+    lora_attention_gradient,
+    norm_threshold,
+    polynomial_attention,
+)
 from corollary.adapt.lora_xs import LoRAXS
 from corollary.adapt.merged import merge_adapters, merge_and_unload, unmerge_adapters
 from corollary.adapt.report import AdapterReport, adapter_report
@@ -35,4 +42,9 @@ __all__ = [
     "LoRA",
     "LoRAXS",
     "VeRA",
+    "polynomial_attention",
+    "lora_attention_gradient",
+    "LoRAGradient",
+    "norm_threshold",
+    "NormThreshold",
 ]
