@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corollary.adapt import lora_attention_gradient, norm_threshold, polynomial_attention
-from corollary.adapt.lora_limits import _features, _weights
+from corollary.adapt._monomials import monomial_weights, monomials
 
 
 def draw(*shape, seed=0, size=1.0):
@@ -46,7 +46,7 @@ def monomials_one_by_one(x, degree):
 
 def test_features_are_all_monomials_once():
     x = draw(3, seed=1)
-    got = _features(x[None, :, None], 4)[0, :, 0]
+    got = monomials(x[None, :, None], 4)[0, :, 0]
     expected = [value for value, _ in monomials_one_by_one(x, 4).values()]
     assert len(got) == math.comb(7, 4)
     assert torch.allclose(got.sort().values, torch.tensor(expected, dtype=torch.float64).sort().values, rtol=1e-13)
@@ -56,8 +56,8 @@ def test_features_are_all_monomials_once():
 def test_factors_multiply_to_the_interpolated_exponential(dim, degree, bound):
     """φ(q)ᵀ diag(weights) φ(k) is a function of q·k alone, near exp up to the constant that softmax does not see."""
     q, k = draw(6, dim, seed=2, size=0.4), draw(6, dim, seed=3, size=0.4)
-    weights = torch.from_numpy(_weights(dim, degree, 0.5, bound))
-    table = _features(q.T[None], degree)[0].T @ (weights[:, None] * _features(k.T[None], degree)[0])
+    weights = torch.from_numpy(monomial_weights(dim, degree, 0.5, bound))
+    table = monomials(q.T[None], degree)[0].T @ (weights[:, None] * monomials(k.T[None], degree)[0])
     logits = 0.5 * q @ k.T
     inside = logits.abs() <= bound
     series = torch.zeros_like(logits)

@@ -4,15 +4,10 @@ from corollary.adapt.base import Adapter, AdapterConfig, LowRankAdapter
 from corollary.adapt.inject import adapt, adapter_penalty, delete_adapter, disable_adapters, set_adapters
 from corollary.adapt.interop import from_peft, to_peft
 from corollary.adapt.lora import LoRA
-from corollary.adapt.lora_limits import (
-    LoRAGradient,
-    NormThreshold,
-    lora_attention_gradient,
-    norm_threshold,
-    polynomial_attention,
-)
+from corollary.adapt.lora_limits import LoRAGradient, NormThreshold, lora_attention_gradient, norm_threshold
 from corollary.adapt.lora_xs import LoRAXS
 from corollary.adapt.merged import merge_adapters, merge_and_unload, unmerge_adapters
+from corollary.adapt.polynomial_attention import polynomial_attention
 from corollary.adapt.report import AdapterReport, adapter_report
 from corollary.adapt.site import Site
 from corollary.adapt.state import adapter_state_dict, load_adapter, load_adapter_state_dict, save_adapter

@@ -172,7 +172,9 @@ def within_tolerance_below_threshold(trial: Trial, size: float = BELOW) -> Exact
         degree = _degree(_signs(trial.generator, length, BELOW))
         trial.generator.set_state(state)
         errors.append(_error(trial, _signs(trial.generator, length, size), degree))
-        trial.log(**{f"error_{length}": errors[-1], f"degree_{length}": degree, f"features_{length}": math.comb(DIM + degree, DIM)})
+        trial.log(
+            **{f"error_{length}": errors[-1], f"degree_{length}": degree, f"features_{length}": math.comb(DIM + degree, DIM)}
+        )
     trial.figure("error", x=_lengths(trial), y={"error": errors}, xlabel="tokens", ylabel="relative gradient error", log="xy")
     return Exact(errors)
 
