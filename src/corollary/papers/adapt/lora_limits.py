@@ -214,7 +214,7 @@ def _timed(trial: Trial, lengths: tuple[int, ...], rounds: int, **options: Any) 
 def nearly_linear_time(trial: Trial, method: str = "ours") -> Slope:
     """Times of both against length; the slope of one of them."""
     lengths = trial.pick(smoke=(256, 512, 1024), laptop=(256, 512, 1024, 2048, 4096, 8192, 16384))
-    seconds = _timed(trial, lengths, rounds=3)
+    seconds = _timed(trial, lengths, rounds=2)
     curves = {name: [seconds[f"{name} {length}"] for length in lengths] for name in ("ours", "exact")}
     trial.figure("time", x=lengths, y=curves, xlabel="tokens", ylabel="loss and gradient, s", log="xy")
     trial.log(**{f"ratio_{length}": a / b for length, a, b in zip(lengths, curves["ours"], curves["exact"], strict=True)})
@@ -226,5 +226,5 @@ def nearly_linear_time(trial: Trial, method: str = "ours") -> Slope:
 def faster_at_16k(trial: Trial, degree: int | None = None) -> Ratio:
     """Time of loss and gradient at the greatest length."""
     length = trial.pick(smoke=1024, laptop=16384)
-    seconds = _timed(trial, (length,), rounds=3, degree=degree)
+    seconds = _timed(trial, (length,), rounds=2, degree=degree)
     return Ratio(ours=seconds[f"ours {length}"], baseline=seconds[f"exact {length}"])
