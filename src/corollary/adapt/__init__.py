@@ -5,9 +5,11 @@ from corollary.adapt.inject import adapt, adapter_penalty, delete_adapter, disab
 from corollary.adapt.interop import from_peft, to_peft
 from corollary.adapt.loldu import LoLDU
 from corollary.adapt.lora import LoRA
+from corollary.adapt.lora_limits import LoRAGradient, NormThreshold, lora_attention_gradient, norm_threshold
 from corollary.adapt.lora_sb import LoRASB, mean_gradients
 from corollary.adapt.lora_xs import LoRAXS
 from corollary.adapt.merged import merge_adapters, merge_and_unload, unmerge_adapters
+from corollary.adapt.polynomial_attention import polynomial_attention
 from corollary.adapt.randlora import RandLoRA
 from corollary.adapt.report import AdapterReport, adapter_report
 from corollary.adapt.site import Site
@@ -47,4 +49,9 @@ __all__ = [
     "LoLDU",
     "LoRASB",
     "mean_gradients",
+    "polynomial_attention",
+    "lora_attention_gradient",
+    "LoRAGradient",
+    "norm_threshold",
+    "NormThreshold",
 ]
