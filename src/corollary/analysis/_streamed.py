@@ -6,12 +6,15 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 from corollary.linalg import spectral_density
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -293,3 +296,12 @@ def walk(items: Iterable[tuple[T, int]], work: Callable[[T], R], workers: int, r
                     yield item, future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def new_axes(ax: Axes | None) -> Axes:
+    """The axes given, or new ones on a figure that no window shows."""
+    if ax is not None:
+        return ax
+    from matplotlib.figure import Figure
+
+    return Figure(layout="constrained").add_subplot()

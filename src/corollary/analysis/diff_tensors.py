@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from corollary.analysis._streamed import Blocks, as_matrix, effective_rank, estimated_spectrum, leading, walk
-from corollary.analysis.inspect_tensor import EXACT_UP_TO, _axes, _places, _plain
+from corollary.analysis._streamed import Blocks, as_matrix, effective_rank, estimated_spectrum, leading, new_axes, walk
+from corollary.analysis.inspect_tensor import EXACT_UP_TO, _places, _plain
 from corollary.analysis.lora_vs_full import leading_similarity, similarity
 from corollary.data.loaders import LoadError
 from corollary.data.tensor_stream import Checkpoint, natural, open_checkpoint
@@ -81,7 +81,7 @@ class TensorDiff:
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the similarity of each leading singular vector of the tuned weight."""
-        axes = _axes(ax)
+        axes = new_axes(ax)
         if self.similarity:
             axes.bar(range(1, len(self.similarity) + 1), self.similarity)
             axes.set_ylim(0, 1.02)
@@ -124,7 +124,7 @@ class CheckpointDiff:
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the relative size of each tensor's change."""
-        axes = _axes(ax)
+        axes = new_axes(ax)
         found = [(i, t.relative) for i, t in enumerate(self.tensors) if t.relative]
         axes.semilogy([i for i, _ in found], [size for _, size in found], "o")
         axes.set_xlabel("tensor")

@@ -21,6 +21,7 @@ from corollary.analysis._streamed import (
     flat_parts,
     leading,
     moments,
+    new_axes,
     tail_exponent,
     walk,
 )
@@ -106,7 +107,7 @@ class TensorReport:
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the spectrum on logarithmic axes."""
-        axes = _axes(ax)
+        axes = new_axes(ax)
         if self.spectrum:
             axes.loglog(self.ranks, self.spectrum, marker=".")
         else:
@@ -146,7 +147,7 @@ class CheckpointReport:
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw each matrix's effective rank as a share of its shorter side."""
-        axes = _axes(ax)
+        axes = new_axes(ax)
         found = [
             (i, t.effective_rank / min(as_matrix_shape(t.shape)))
             for i, t in enumerate(self.tensors)
@@ -157,13 +158,6 @@ class CheckpointReport:
         axes.set_ylabel("effective rank / shorter side")
         axes.set_ylim(0, 1.02)
         return axes
-
-
-def _axes(ax: Axes | None) -> Axes:
-    import matplotlib.pyplot as plt
-
-    axes: Axes = plt.gca() if ax is None else ax
-    return axes
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from corollary.analysis._streamed import Blocks, as_matrix, cross_gram, leading
+from corollary.analysis._streamed import Blocks, as_matrix, cross_gram, leading, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,9 +78,7 @@ class IntruderReport:
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw each leading vector's similarity over its place; what lies below the line is an intruder."""
-        import matplotlib.pyplot as plt
-
-        axes: Axes = plt.gca() if ax is None else ax
+        axes = new_axes(ax)
         for matrix in self.matrices:
             places = range(1, len(matrix.similarity) + 1)
             axes.plot(places, matrix.similarity, ".", color="C0", alpha=max(0.15, 1 / len(self.matrices)))
