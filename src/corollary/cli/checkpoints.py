@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import hashlib
 import json
@@ -121,13 +122,12 @@ class Journal:
         return True
 
     def close(self) -> None:
-        """Everything is done: nothing has to be kept."""
+        """Everything is done: nothing has to be kept, nor a folder that holds nothing else."""
         self.path.unlink(missing_ok=True)
-        for folder in (self.path.parent, self.path.parent.parent):
-            try:
-                folder.rmdir()  # only where it is empty
-            except OSError:
-                break
+        with contextlib.suppress(OSError):  # not empty, or never made
+            self.path.parent.rmdir()
+            if self.path.parent.parent == default_store():
+                self.path.parent.parent.rmdir()
 
 
 def stamps(files: Iterable[Path]) -> list[list[Any]]:
@@ -178,7 +178,8 @@ def run_all(
     except KeyboardInterrupt:
         if found and journal.flush():
             Console(stderr=True).print(
-                f"corollary: interrupted; {len(found)} of {len(sizes)} tensors are kept, and the same command goes on from there"
+                f"corollary: interrupted; {len(found)} of {len(sizes)} tensors are kept, and the same command goes on from there",
+                soft_wrap=True,
             )
         else:
             Console(stderr=True).print("corollary: interrupted; nothing was written")

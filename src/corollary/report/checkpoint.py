@@ -44,7 +44,7 @@ def _table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[Child]]) 
         h("tr", h("th", h("code", cells[0]), scope="row"), [h("td", cell, class_="num") for cell in cells[1:]])
         for cells in rows
     ]
-    table = h("table", h("caption", caption), h("thead", h("tr", head)), h("tbody", body), class_="data")
+    table = h("table", h("caption", caption), h("thead", h("tr", head)), h("tbody", body), class_="data names")
     return h("div", table, class_="scroll", tabindex="0", role="region", aria_label=caption)
 
 
