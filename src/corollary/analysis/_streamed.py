@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 
-_BLOCK = 1 << 20  # elements of a block: it stays in the cache from its conversion to its last use
+_BLOCK = 1 << 19  # elements of a block: it stays in the cache from its conversion to its last use
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
@@ -28,9 +28,9 @@ def as_matrix(tensor: Tensor) -> Tensor:
 
 
 class Blocks:
-    r"""A matrix as blocks B of shape (some, s), s its shorter side, converted one at a time: :math:`G = \sum B^\top B`.
+    r"""A matrix as blocks B along its longer side, converted one at a time into one buffer: :math:`G = \sum B^\top B`.
 
-    Behaves as the symmetric operator G of shape (s, s) in float32.
+    Behaves as the symmetric operator G of the shorter side s. A block is only good until the next one.
 
     Args:
         matrix: (m, n), of any real dtype; never copied as a whole.
@@ -43,26 +43,59 @@ class Blocks:
         self.tall = matrix.shape[0] >= matrix.shape[1]
         self.short, self.long = min(matrix.shape), max(matrix.shape)
         self.shape, self.device = torch.Size((self.short, self.short)), matrix.device
+        self.buffers: list[Tensor] = []
 
     def __iter__(self) -> Iterator[Tensor]:
-        step = max(1, _BLOCK // max(1, self.short))
-        for begin in range(0, self.long, step):
-            yield self._block(begin, min(step, self.long - begin))
+        for block in self._along(0 if self.tall else 1):
+            yield block if self.tall else block.T
 
-    def _block(self, begin: int, length: int) -> Tensor:
-        side = 0 if self.tall else 1
-        block = self.matrix.narrow(side, begin, length).to(self.dtype)
-        if self.minus is not None:
-            block = block - self.minus.narrow(side, begin, length).to(self.dtype)
-        return block if self.tall else block.T
+    def _along(self, axis: int) -> Iterator[Tensor]:
+        length = self.matrix.shape[axis]
+        step = max(1, _BLOCK // max(1, self.matrix.shape[1 - axis]))
+        for begin in range(0, length, step):
+            parts = [m.narrow(axis, begin, min(step, length - begin)) for m in (self.matrix, self.minus) if m is not None]
+            block = self._converted(0, parts[0])
+            if self.minus is not None:
+                block.sub_(self._converted(1, parts[1]))
+            yield block
+
+    def _converted(self, number: int, part: Tensor) -> Tensor:
+        if number == len(self.buffers):
+            self.buffers.append(
+                torch.empty(min(max(_BLOCK, self.long), self.matrix.numel()), dtype=self.dtype, device=self.device)
+            )
+        return self.buffers[number][: part.numel()].view(part.shape).copy_(part)
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
-        out = torch.zeros_like(vectors)
-        flat = out.unsqueeze(1) if out.dim() == 1 else out
         given = vectors.unsqueeze(1) if vectors.dim() == 1 else vectors
+        if self.tall:
+            out = given.new_zeros(given.shape[1], self.short)
+            for block in self:
+                out.addmm_((block @ given).T, block)
+            product = out.T
+        else:
+            # Two passes over rows, which lie together in memory, are faster than one over columns.
+            across = self._across(given)
+            product = torch.cat([block @ across for block in self._along(0)])
+        return product[:, 0] if vectors.dim() == 1 else product
+
+    def _across(self, vectors: Tensor) -> Tensor:
+        """Wᵀ times vectors, for a wide W."""
+        out = vectors.new_zeros(vectors.shape[1], self.long)
+        begin = 0
+        for block in self._along(0):
+            out.addmm_(vectors[begin : begin + len(block)].T, block)
+            begin += len(block)
+        return out.T
+
+    def lengths(self, vectors: Tensor) -> Tensor:
+        """Of the images of vectors of the shorter side (s, k) on the longer one, (k,) float64."""
+        if not self.tall:
+            return self._across(vectors).double().norm(dim=0)
+        squares = torch.zeros(vectors.shape[1], dtype=torch.float64, device=self.device)
         for block in self:
-            flat.addmm_(block.T, block @ given)
-        return out
+            squares += (block @ vectors).square().sum(0)
+        return squares.sqrt()
 
     def in_dtype(self, dtype: torch.dtype) -> Blocks:
         """The same matrix in blocks of another dtype."""
@@ -70,7 +103,10 @@ class Blocks:
 
     def gram(self) -> Tensor:
         """G itself (s, s), float64."""
-        return cross_gram(self, self)
+        total = torch.zeros(self.shape, dtype=torch.float64, device=self.device)
+        for block in self.in_dtype(torch.float64):
+            total.addmm_(block.T, block)
+        return total
 
     def lift(self, vectors: Tensor) -> Tensor:
         """B times ``vectors`` (s, k) for every block, one after the other: (long, k)."""
@@ -78,7 +114,7 @@ class Blocks:
 
 
 def cross_gram(left: Blocks, right: Blocks) -> Tensor:
-    """The sum of Lᵀ R over blocks of two matrices of one shape, (s, s) float64."""
+    """The sum of Lᵀ R over blocks of two matrices of one shape, float64."""
     total = torch.zeros(left.shape, dtype=torch.float64, device=left.device)
     for a, b in zip(left.in_dtype(torch.float64), right.in_dtype(torch.float64), strict=True):
         total.addmm_(a.T, b)
@@ -115,10 +151,7 @@ def leading(operator: Blocks, rank: int, generator: torch.Generator, steps: int 
     rotation = torch.linalg.eigh((small + small.T) / 2).eigenvectors
     vectors = basis @ rotation.flip(1)[:, :rank].to(basis.dtype)
     # From the eigenvalues, singular values below a thousandth of the largest would be lost in rounding.
-    squares = torch.zeros(vectors.shape[1], dtype=torch.float64, device=operator.device)
-    for part in operator:
-        squares += (part @ vectors).square().sum(0)
-    top, order = squares.sqrt().sort(descending=True)
+    top, order = operator.lengths(vectors).sort(descending=True)
     return top, vectors[:, order]
 
 
@@ -210,13 +243,13 @@ def estimated_spectrum(operator: Blocks, generator: torch.Generator) -> Spectrum
     r"""The spectrum of a matrix that is too large for a decomposition.
 
     The leading 32 singular values by subspace iteration, the rest by stochastic Lanczos quadrature on what is orthogonal to
-    them: 8 probes of 16 steps. Without the first part the chance in a probe's share of the largest singular value would drown
+    them: 12 probes of 12 steps. Without the first part the chance in a probe's share of the largest singular value would drown
     the others.
     """
     top, vectors = leading(operator, 32, generator)
     vectors = torch.linalg.qr(vectors).Q
-    probes = 8
-    rest = spectral_density(_Deflated(operator, vectors), steps=16, samples=probes, generator=generator)
+    probes = 12
+    rest = spectral_density(_Deflated(operator, vectors), steps=12, samples=probes, generator=generator)
     nodes, order = rest.nodes.reshape(-1).sort(descending=True)
     # What rounding makes of eigenvalues of zero would count for much under the root.
     nodes = torch.where(nodes > float(top[0]) ** 2 * torch.finfo(operator.dtype).eps, nodes, 0.0).sqrt()

@@ -236,11 +236,13 @@ def _diff(
     if base.dim() < 2 or not (base.is_floating_point() and tuned.is_floating_point()):
         return TensorDiff(**kept)
     old_matrix, new_matrix = as_matrix(base), as_matrix(tuned)
-    step_blocks, old_blocks, new_blocks = Blocks(new_matrix, old_matrix), Blocks(old_matrix), Blocks(new_matrix)
+    exact = full or min(old_matrix.shape) <= exact_up_to
+    old_blocks, new_blocks = Blocks(old_matrix), Blocks(new_matrix)
+    step_blocks = Blocks(new_matrix, old_matrix)
     m, n = old_matrix.shape
     unit = max(torch.finfo(base.dtype).eps, torch.finfo(tuned.dtype).eps) / 2
     floor = 0.9 * unit * math.sqrt(max(whole, later) / (m * n)) * (math.sqrt(m) + math.sqrt(n))
-    if full or step_blocks.short <= exact_up_to:
+    if exact:
         values = torch.linalg.eigvalsh(step_blocks.gram()).flip(0).clamp_min(0).sqrt()
         found = similarity(old_blocks, new_blocks, k)
         shape = {"method": "exact", "effective_rank": effective_rank(values)}
