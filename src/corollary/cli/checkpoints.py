@@ -47,7 +47,9 @@ def size_text(nbytes: float) -> str:
 
 def number_text(value: float | None, digits: int = 3) -> str:
     """A number of a few digits, or a dash."""
-    return "–" if value is None else f"{value:.{digits}g}"
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.{digits}g}"
 
 
 def kind_of(name: str) -> str:

@@ -121,7 +121,8 @@ def _table(groups: dict[str, list[TensorReport]], every: bool) -> Table:
     table.add_column("tensor", style="cyan", overflow="fold")
     if not every:
         table.add_column("count", justify="right")
-    for name in ("shape", "dtype"):
+    one_dtype = len({t.dtype for tensors in groups.values() for t in tensors}) == 1
+    for name in ("shape",) if one_dtype else ("shape", "dtype"):
         table.add_column(name, no_wrap=True)
     for name in ("‖W‖", "σ₁", "stable rank", "effective rank", "tail α", "condition", "outliers"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -137,7 +138,7 @@ def _table(groups: dict[str, list[TensorReport]], every: bool) -> Table:
             printable(name),
             *([] if every else [str(len(tensors))]),
             shown,
-            tensors[0].dtype.replace("bfloat", "bf").replace("float", "f"),
+            *([] if one_dtype else [tensors[0].dtype.replace("bfloat", "bf").replace("float", "f")]),
             spread(t.frobenius for t in tensors).split(" ")[0],
             spread(t.spectral for t in tensors).split(" ")[0],
             spread(t.stable_rank for t in tensors),

@@ -263,8 +263,10 @@ def forgetting_follows_intruders(trial: Trial, reference: str = "base") -> Exact
 
 @cache
 def _transformer() -> Mapping[str, Tensor]:
+    """The linear layers of the first and the last block."""
     _, model = minilm()
-    return {name: p.detach() for name, p in model.named_parameters() if p.dim() == 2 and "encoder.layer" in name}
+    ends = ("encoder.layer.0.", "encoder.layer.5.")
+    return {name: p.detach() for name, p in model.named_parameters() if p.dim() == 2 and name.startswith(ends)}
 
 
 def _same_place(base: Tensor, tuned: Tensor) -> int:
@@ -280,7 +282,7 @@ def _count(base: Tensor, tuned: Tensor) -> int:
 @claim(control={"count": _same_place})
 def finds_planted(trial: Trial, count: Callable[[Tensor, Tensor], int] = _count) -> Exact:
     errors = []
-    for weight in list(_transformer().values())[: trial.pick(smoke=2, laptop=36)]:
+    for weight in list(_transformer().values())[: trial.pick(smoke=2, laptop=12)]:
         u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
         planted = int(trial.rng.integers(0, 6))
         # Singular values change without their vectors, by up to a fifth each, so that places are swapped.
