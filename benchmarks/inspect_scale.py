@@ -109,8 +109,8 @@ def read_alone(folder: Path) -> float:
     return time.perf_counter() - begin
 
 
-def inspect(folder: Path, jobs: int, *options: str) -> tuple[float, int, dict[str, Any]]:
-    """Seconds and peak resident bytes of the command, and its report."""
+def inspect(folder: Path, jobs: int, *options: str) -> tuple[float, float, int, dict[str, Any]]:
+    """Seconds of wall and of processor time and peak resident bytes of the command, and its report."""
     forget(folder)
     words = ["inspect", str(folder), "--json", str(folder / "out.json"), "--jobs", str(jobs), *options]
     begin = time.perf_counter()
@@ -123,7 +123,7 @@ def inspect(folder: Path, jobs: int, *options: str) -> tuple[float, int, dict[st
         raise SystemExit(f"inspect ended with status {status}")
     report = json.loads((folder / "out.json").read_text())
     (folder / "out.json").unlink()
-    return seconds, usage.ru_maxrss * 1024, report
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, report
 
 
 def main() -> None:
@@ -142,10 +142,20 @@ def main() -> None:
         reading = read_alone(folder)
         rows = []
         for name, options in (("spectra estimated (default)", ()), ("the 8 largest singular values (--top 8)", ("--top", "8"))):
-            seconds, peak, report = inspect(folder, arguments.jobs, *options)
+            seconds, processor, peak, report = inspect(folder, arguments.jobs, *options)
             largest = max(t["nbytes"] for t in report["tensors"])
-            rows.append({"what": name, "seconds": seconds, "gb_per_second": total / seconds / 1e9, "peak_bytes": peak})
-            print(f"{name}: {seconds:.1f} s, {total / seconds / 1e9:.3f} GB/s, peak {peak / 1e9:.2f} GB")
+            rows.append(
+                {
+                    "what": name,
+                    "seconds": seconds,
+                    "processor_seconds": processor,
+                    "gb_per_second": total / seconds / 1e9,
+                    "peak_bytes": peak,
+                }
+            )
+            print(
+                f"{name}: {seconds:.1f} s ({processor:.0f} s of processor time), {total / seconds / 1e9:.3f} GB/s, peak {peak / 1e9:.2f} GB"
+            )
     finally:
         shutil.rmtree(folder)
     kept = {

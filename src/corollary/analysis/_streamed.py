@@ -69,7 +69,7 @@ class Blocks:
     def __matmul__(self, vectors: Tensor) -> Tensor:
         given = vectors.unsqueeze(1) if vectors.dim() == 1 else vectors
         if self.tall:
-            out = given.new_zeros(given.shape[1], self.short)
+            out: Tensor = given.new_zeros(given.shape[1], self.short)
             for block in self:
                 out.addmm_((block @ given).T, block)
             product = out.T
@@ -77,16 +77,18 @@ class Blocks:
             # Two passes over rows, which lie together in memory, are faster than one over columns.
             across = self._across(given)
             product = torch.cat([block @ across for block in self._along(0)])
-        return product[:, 0] if vectors.dim() == 1 else product
+        result: Tensor = product[:, 0] if vectors.dim() == 1 else product
+        return result
 
     def _across(self, vectors: Tensor) -> Tensor:
         """Wᵀ times vectors, for a wide W."""
-        out = vectors.new_zeros(vectors.shape[1], self.long)
+        out: Tensor = vectors.new_zeros(vectors.shape[1], self.long)
         begin = 0
         for block in self._along(0):
             out.addmm_(vectors[begin : begin + len(block)].T, block)
             begin += len(block)
-        return out.T
+        across: Tensor = out.T
+        return across
 
     def lengths(self, vectors: Tensor) -> Tensor:
         """Of the images of vectors of the shorter side (s, k) on the longer one, (k,) float64."""
@@ -290,10 +292,11 @@ def tail_exponent(eigenvalues: Tensor, least: int = 20, candidates: int = 200) -
     if n < least:
         return None
     logs = positive.log()
-    sizes = torch.linspace(least, n, min(candidates, n - least + 1)).round().long().unique()
+    places = torch.linspace(least, n, min(candidates, n - least + 1)).round().long()
+    sizes = sorted(set(places.tolist()))
     best, exponent = math.inf, None
     sums = logs.cumsum(0)
-    for j in sizes.tolist():
+    for j in sizes:
         spread = float(sums[j - 1]) - j * float(logs[j - 1])
         if spread <= 0:
             continue

@@ -77,7 +77,8 @@ class TensorDiff:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TensorDiff:
         """The result that `to_dict` wrote."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**values)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the similarity of each leading singular vector of the tuned weight."""
@@ -245,7 +246,7 @@ def _diff(
     if exact:
         values = torch.linalg.eigvalsh(step_blocks.gram()).flip(0).clamp_min(0).sqrt()
         found = similarity(old_blocks, new_blocks, k)
-        shape = {"method": "exact", "effective_rank": effective_rank(values)}
+        shape: dict[str, Any] = {"method": "exact", "effective_rank": effective_rank(values)}
         rank: int | None = int((values > max(floor, float(values[0]) * 1e-7)).sum())
     else:
         generator = torch.Generator().manual_seed((zlib.crc32(name.encode("utf-8", "replace")) << 20) ^ seed)

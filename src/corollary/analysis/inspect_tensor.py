@@ -103,7 +103,8 @@ class TensorReport:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TensorReport:
         """The report that `to_dict` wrote."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**values)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the spectrum on logarithmic axes."""
