@@ -55,7 +55,7 @@ def _minilm(data: dict[str, Any]) -> str:
         "tuned by", "rate", "accuracy", "loss", "‖Δ‖/‖W‖", "rank of Δ", "effective rank", "intruders", "least mean similarity", "forgetting",
     ]  # fmt: skip
     closing = (
-        f"{data['steps']} steps of 16 texts of {data['tokens']} tokens; each the best of three rates by its loss on held-out texts. Rank and "
+        f"{data['steps']} steps of 16 texts of {data['tokens']} tokens; each but the last the best of three rates by its loss on held-out texts. Rank and "
         "effective rank are medians over matrices; the similarity is the mean over matrices at the place where that is least; forgetting is "
         "one minus the correlation of all cosines between held-out texts before and after. Run it with `python -m benchmarks.minilm_diff`."
     )

@@ -69,7 +69,7 @@ class Blocks:
     def __matmul__(self, vectors: Tensor) -> Tensor:
         given = vectors.unsqueeze(1) if vectors.dim() == 1 else vectors
         if self.tall:
-            out: Tensor = given.new_zeros(given.shape[1], self.short)
+            out = torch.zeros(given.shape[1], self.short, dtype=given.dtype, device=self.device)
             for block in self:
                 out.addmm_((block @ given).T, block)
             product = out.T
@@ -77,8 +77,7 @@ class Blocks:
             # Two passes over rows, which lie together in memory, are faster than one over columns.
             across = self._across(given)
             product = torch.cat([block @ across for block in self._along(0)])
-        result: Tensor = product[:, 0] if vectors.dim() == 1 else product
-        return result
+        return product[:, 0] if vectors.dim() == 1 else product
 
     def _across(self, vectors: Tensor) -> Tensor:
         """Wᵀ times vectors, for a wide W."""
@@ -87,13 +86,13 @@ class Blocks:
         for block in self._along(0):
             out.addmm_(vectors[begin : begin + len(block)].T, block)
             begin += len(block)
-        across: Tensor = out.T
-        return across
+        return out.T
 
     def lengths(self, vectors: Tensor) -> Tensor:
         """Of the images of vectors of the shorter side (s, k) on the longer one, (k,) float64."""
         if not self.tall:
-            return self._across(vectors).double().norm(dim=0)
+            lengths: Tensor = torch.linalg.vector_norm(self._across(vectors).double(), dim=0)
+            return lengths
         squares = torch.zeros(vectors.shape[1], dtype=torch.float64, device=self.device)
         for block in self:
             squares += (block @ vectors).square().sum(0)
