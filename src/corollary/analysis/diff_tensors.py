@@ -147,8 +147,8 @@ def diff_tensors(
     r"""Size, rank and spectrum of a tensor's change, and its intruder dimensions, in memory of a few blocks beside the two.
 
     Singular values of Δ and cosines of singular vectors come from Gram matrices of the shorter side in float64, summed over blocks.
-    A singular value of Δ counts towards its rank above :math:`0.9\, u \, (\sqrt m + \sqrt n)\, \mathrm{rms}(W)`, about twice
-    the norm of the noise that rounding the weights to their dtype (unit roundoff u) brings into a difference of two of them; so the
+    A singular value of Δ counts towards its rank above :math:`0.9\, u\, (\max_i \|w_{i:}\| + \max_j \|w_{:j}\|)`, about twice the norm
+    of the noise that rounding the weights to their dtype (unit roundoff u) brings into a difference of two of them; so the
     change of a merged low-rank adapter has its own rank, not that of its rounding.
 
     Above ``exact_up_to`` the effective rank is estimated by stochastic Lanczos quadrature, and leading singular vectors come
@@ -207,15 +207,13 @@ def _diff(
     kept: dict[str, Any] = {"name": name, "shape": tuple(base.shape), "dtype": str(tuned.dtype).removeprefix("torch.")}
     if base.is_complex() or tuned.is_complex():
         return TensorDiff(**kept, status="not compared", note="complex: not looked at")
-    squares = whole = later = most = 0.0
+    squares = whole = most = 0.0
     differing = 0
     before, after = base.reshape(-1), tuned.reshape(-1)
     for begin in range(0, before.numel(), _BLOCK):
         old = before[begin : begin + _BLOCK].double()
-        new = after[begin : begin + _BLOCK].double()
-        step = new - old
+        step = after[begin : begin + _BLOCK].double() - old
         whole += float(torch.dot(old, old))
-        later += float(torch.dot(new, new))
         if not bool(step.count_nonzero()):
             continue
         differing += int(step.count_nonzero())
@@ -240,9 +238,8 @@ def _diff(
     exact = full or min(old_matrix.shape) <= exact_up_to
     old_blocks, new_blocks = Blocks(old_matrix), Blocks(new_matrix)
     step_blocks = Blocks(new_matrix, old_matrix)
-    m, n = old_matrix.shape
     unit = max(torch.finfo(base.dtype).eps, torch.finfo(tuned.dtype).eps) / 2
-    floor = 0.9 * unit * math.sqrt(max(whole, later) / (m * n)) * (math.sqrt(m) + math.sqrt(n))
+    floor = 0.9 * unit * max(_longest(old_blocks), _longest(new_blocks))
     if exact:
         values = torch.linalg.eigvalsh(step_blocks.gram()).flip(0).clamp_min(0).sqrt()
         found = similarity(old_blocks, new_blocks, k)
@@ -271,6 +268,17 @@ def _diff(
         ranks=tuple(float(i) for i in places),
         spectrum=tuple(values[[i - 1 for i in places]].tolist()),
     )
+
+
+def _longest(blocks: Blocks) -> float:
+    """The norms of a matrix's longest row and of its longest column, added."""
+    columns = torch.zeros(blocks.short, dtype=torch.float64, device=blocks.device)
+    row = 0.0
+    for block in blocks:
+        squares = block.square()
+        columns += squares.sum(0)
+        row = max(row, float(squares.sum(1).max()))
+    return math.sqrt(row) + math.sqrt(float(columns.max()))
 
 
 def iter_diff(
