@@ -6,6 +6,7 @@ from pathlib import Path
 
 import mkdocs_gen_files
 from bench_page import benchmark_page
+from checkpoint_tables import checkpoint_tables
 from cli_page import command_line_page
 from paper_pages import component_table, paper_pages
 from pretraining_page import pretraining_page
@@ -44,3 +45,5 @@ for path in sorted((ROOT / "docs" / "guide").glob("*.md")):
     mark = f"<!-- components: {path.stem} -->"
     if mark in text:
         write(f"guide/{path.name}", text.replace(mark, component_table(papers, path.stem)), path)
+    elif path.stem == "checkpoints":
+        write("guide/checkpoints.md", checkpoint_tables(text, ROOT / "benchmarks"), path)

@@ -122,14 +122,62 @@ def report(out: Out = Path("report"), store: StoreDir = None, json: Json = None)
     run_report(out, store, json)
 
 
+Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write a page with plots.")]
+Match = Annotated[str | None, typer.Option(metavar="PATTERN", help="Only tensors whose name fits, as in 'layers.0.*'.")]
+Every = Annotated[bool, typer.Option("--all", help="Show every matrix by itself, not one line for each kind.")]
+Full = Annotated[bool, typer.Option("--full", help="Whole spectra of large matrices too, which takes its time.")]
+Workers = Annotated[int, typer.Option("--jobs", help="Tensors at once.", min=1)]
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="A .safetensors file, a shard index, or a folder with either.")],
+    top: Annotated[
+        int | None, typer.Option(metavar="K", help="Only the K largest singular values of each matrix.", min=1)
+    ] = None,
+    full: Full = False,
+    match: Match = None,
+    every: Every = False,
+    jobs: Workers = _CORES,
+    html: Html = None,
+    store: StoreDir = None,
+    json: Json = None,
+) -> None:
+    """Show what is inside a checkpoint of any size: of each tensor its norms, ranks, spectrum, outliers and NaN."""
+    from corollary.cli.inspect import InspectRequest, run_inspect
+
+    run_inspect(InspectRequest(checkpoint, top, full, match, every, jobs, html, json, store))
+
+
+@app.command()
+def diff(
+    base: Annotated[Path, typer.Argument(help="The checkpoint that was tuned.")],
+    tuned: Annotated[Path, typer.Argument(help="What came of it.")],
+    k: Annotated[int, typer.Option("-k", help="Leading singular vectors that are examined.", min=1)] = 10,
+    epsilon: Annotated[float, typer.Option(help="A vector below this cosine with all of the base is an intruder.")] = 0.5,
+    full: Full = False,
+    match: Match = None,
+    every: Every = False,
+    jobs: Workers = _CORES,
+    html: Html = None,
+    store: StoreDir = None,
+    json: Json = None,
+) -> None:
+    """Show what tuning changed: of each tensor size and rank of the change, intruder dimensions, similar singular vectors."""
+    from corollary.cli.diff import DiffRequest, run_diff
+
+    run_diff(DiffRequest(base, tuned, k, epsilon, full, match, every, jobs, html, json, store))
+
+
 def main() -> None:
     """Run the command line; every failure is one clear line and an exit status."""
     from corollary.claims.parallel import BackendError
     from corollary.claims.store import StoreError
+    from corollary.cli.checkpoints import CommandError
 
     try:
         app()
-    except (UnknownPaper, StoreError, BackendError) as error:
+    except (UnknownPaper, StoreError, BackendError, CommandError) as error:
         _fail(str(error), 2)
     except RecordError as error:
         _fail(str(error), 1)

@@ -11,6 +11,7 @@ from corollary.data.loaders import ImageFolder, LoadError, load_csv, load_text
 from corollary.data.pretrained import hidden_states, minilm
 from corollary.data.split import Split
 from corollary.data.tables import digits, tabular
+from corollary.data.tensor_stream import Checkpoint, open_checkpoint
 from corollary.data.text import TokenStream, stdlib_text
 
 __all__ = [
@@ -31,5 +32,7 @@ __all__ = [
     "load_text",
     "load_safetensors",
     "SafetensorsFile",
+    "open_checkpoint",
+    "Checkpoint",
     "LoadError",
 ]

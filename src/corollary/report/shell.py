@@ -69,7 +69,16 @@ def flags(view: ClaimView) -> list[Html]:
     return found
 
 
-def page(title: str, body: Child, *, up: str = "", current: str = "", description: str = "", kind: str = "") -> Html:
+def page(
+    title: str,
+    body: Child,
+    *,
+    up: str = "",
+    current: str = "",
+    description: str = "",
+    kind: str = "",
+    alone: bool = False,
+) -> Html:
     """A whole document.
 
     Args:
@@ -79,6 +88,7 @@ def page(title: str, body: Child, *, up: str = "", current: str = "", descriptio
         current: which entry of the navigation this page is.
         description: one line for listings.
         kind: class of the body.
+        alone: the page is no part of a report: it links to no other.
     """
 
     def entry(key: str, words: str, address: str) -> Html:
@@ -98,19 +108,18 @@ def page(title: str, body: Child, *, up: str = "", current: str = "", descriptio
     )
     header = h(
         "header",
-        h("a", _LOGO, "Corollary", href=up + "index.html", class_="brand"),
-        h(
+        h("span" if alone else "a", _LOGO, "Corollary", href=None if alone else up + "index.html", class_="brand"),
+        None
+        if alone
+        else h(
             "nav",
             h("ul", entry("scoreboard", "Scoreboard", "index.html"), entry("statistics", "Statistics", "statistics.html")),
             aria_label="Main",
         ),
         class_="site",
     )
-    footer = h(
-        "footer",
-        h("p", "Corollary ", __version__, ": papers you can run. Every number on these pages comes from a stored measurement."),
-        class_="site",
-    )
+    origin = "" if alone else " Every number on these pages comes from a stored measurement."
+    footer = h("footer", h("p", "Corollary ", __version__, ": papers you can run.", origin), class_="site")
     document = h(
         "html",
         head,
