@@ -9,6 +9,7 @@ from corollary.adapt.lora_limits import LoRAGradient, NormThreshold, lora_attent
 from corollary.adapt.lora_sb import LoRASB, mean_gradients
 from corollary.adapt.lora_xs import LoRAXS
 from corollary.adapt.merged import merge_adapters, merge_and_unload, unmerge_adapters
+from corollary.adapt.pego import PEGO
 from corollary.adapt.polynomial_attention import polynomial_attention
 from corollary.adapt.randlora import RandLoRA
 from corollary.adapt.report import AdapterReport, adapter_report
@@ -43,6 +44,7 @@ __all__ = [
     "LoRAXS",
     "VeRA",
     "RandLoRA",
+    "PEGO",
     "TriAdaptLoRA",
     "RankGrowth",
     "SVFit",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -77,10 +78,9 @@ def update_has_full_rank(trial: Trial, kind: type[RandLoRA] = RandLoRA) -> Exact
     for layer in model.modules():
         held = layer._modules.get("adapters")
         if held is not None:
-            change = held["default"].delta().detach().double()  # type: ignore[operator, index]
-            # The change is computed in float32: its rounding is no rank.
-            tolerance = float(torch.finfo(torch.float32).eps) * max(change.shape)
-            lacking.append(min(change.shape) - int(torch.linalg.matrix_rank(change, rtol=tolerance / 10)))
+            # The factors were trained in float32; their product is formed in float64, where rounding is no rank.
+            change = copy.deepcopy(held["default"]).double().delta().detach()  # type: ignore[operator, index]
+            lacking.append(min(change.shape) - int(torch.linalg.matrix_rank(change)))
     lora = sum(p.numel() for p in task.put_on(task.encoder(trial.seed), LoRA(rank=9), 0.001, 0).parameters() if p.requires_grad)
     trial.log(trainable=run.trainable, lora_trainable=lora)
     return Exact([*map(float, lacking), float(max(0, run.trainable - lora))])
