@@ -91,9 +91,7 @@ def pretrained(seed: int, steps: int) -> tuple[ViT, Tensor, Tensor, Tensor, Tens
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for _ in range(steps):
         chosen = old[torch.randint(len(old), (64,), generator=generator)]
-        parts = [
-            domain(part, generator) for domain, part in zip((plain, *DOMAINS), images[chosen].chunk(4), strict=True)
-        ]
+        parts = [domain(part, generator) for domain, part in zip((plain, *DOMAINS), images[chosen].chunk(4), strict=True)]
         loss = cross_entropy(model(torch.cat(parts)), labels[chosen])
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -203,7 +201,10 @@ def no_cost_after_merging(trial: Trial, merged: bool = True) -> Ratio:
     x = torch.randn(64, 1, 8, 8, generator=trial.generator)
     with torch.no_grad():
         seconds = interleave(
-            {"ours": lambda: model(x), "base": lambda: base(x)}, rounds=trial.pick(smoke=2, laptop=21), warmup=3, min_seconds=0.02
+            {"ours": lambda: model(x), "base": lambda: base(x)},
+            rounds=trial.pick(smoke=2, laptop=21),
+            warmup=3,
+            min_seconds=0.02,
         )
     return Ratio(ours=seconds["ours"], baseline=seconds["base"])
 
