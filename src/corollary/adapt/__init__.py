@@ -8,6 +8,18 @@ from corollary.adapt.lora import LoRA
 from corollary.adapt.lora_sb import LoRASB, mean_gradients
 from corollary.adapt.lora_xs import LoRAXS
 from corollary.adapt.merged import merge_adapters, merge_and_unload, unmerge_adapters
+from corollary.adapt.merging import (
+    ConcreteMasks,
+    MergedCheckpoint,
+    MergeError,
+    average,
+    concrete,
+    fit_adamerging,
+    fit_concrete_masks,
+    load_concrete_masks,
+    task_arithmetic,
+    ties,
+)
 from corollary.adapt.report import AdapterReport, adapter_report
 from corollary.adapt.site import Site
 from corollary.adapt.state import adapter_state_dict, load_adapter, load_adapter_state_dict, save_adapter
@@ -42,4 +54,14 @@ __all__ = [
     "LoLDU",
     "LoRASB",
     "mean_gradients",
+    "average",
+    "task_arithmetic",
+    "ties",
+    "concrete",
+    "fit_concrete_masks",
+    "ConcreteMasks",
+    "load_concrete_masks",
+    "fit_adamerging",
+    "MergedCheckpoint",
+    "MergeError",
 ]
