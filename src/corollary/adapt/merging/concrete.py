@@ -50,6 +50,8 @@ def concrete(
 
     Source: A. Tang et al., Concrete Subspace Learning, arXiv 2312.06173, section 3.2; github.com/tanganke/subspace_fusion.
     """
+    if not isinstance(masks, ConcreteMasks):
+        raise TypeError(f"'masks' must be ConcreteMasks, as fit_concrete_masks gives them, not {type(masks).__name__}")
     factors: Scale = masks.scales if scale is None else scale
     count = len(checkpoints)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from corollary.adapt.merging.lazy import MergeError
-from corollary.data import CheckpointWriter, TensorSpec, load_safetensors
+from corollary.data import CheckpointWriter, SafetensorsFile, TensorSpec, load_safetensors
 from corollary.data.loaders import LoadError
 
 _FORMAT = "corollary-concrete-masks"
@@ -100,6 +100,8 @@ class ConcreteMasks(Mapping[str, Tensor]):
             MergeError: where the mask is 0 everywhere, or not finite.
         """
         logits = self[name]
+        if not logits.is_floating_point():
+            raise MergeError(f"the mask of tensor '{name}' has logits of {logits.dtype}; they must be floating")
         if self.how == "mean":
             mask = logits.sigmoid()
         else:
@@ -135,17 +137,24 @@ class ConcreteMasks(Mapping[str, Tensor]):
         return writer.path
 
 
-def load_concrete_masks(path: str | Path, *, device: str = "cpu") -> ConcreteMasks:
+def load_concrete_masks(path: str | Path | SafetensorsFile, *, device: str = "cpu") -> ConcreteMasks:
     """Masks that `ConcreteMasks.save` wrote; the logits are read as they are asked for.
+
+    Args:
+        path: of the file, or the file opened by `corollary.data.load_safetensors`.
+        device: where the logits are put; an open file has its own.
 
     Raises:
         corollary.data.LoadError: where the file is missing, broken, or holds no masks.
     """
     from safetensors import safe_open
 
-    logits = load_safetensors(path, device=device)
-    with safe_open(str(logits.files[0]) if logits.files else str(path), framework="pt") as file:
-        facts: dict[str, Any] = file.metadata() or {}
+    logits = path if isinstance(path, SafetensorsFile) else load_safetensors(path, device=device)
+    path = logits.path
+    facts: dict[str, Any] = {}
+    for shard in logits.files[:1]:
+        with safe_open(str(shard), framework="pt") as file:
+            facts = file.metadata() or {}
     if facts.get("format") != _FORMAT:
         raise LoadError(f"{path}: holds no Concrete masks; they come from fit_concrete_masks(...).save(...)")
     try:
