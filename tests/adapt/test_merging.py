@@ -142,7 +142,7 @@ def test_whole_numbers_are_the_bases() -> None:
     assert torch.equal(merged["ids"], ids)
     assert torch.equal(merged["flags"], flags)
     assert int(merged["num_batches_tracked"]) == 5
-    with pytest.raises(MergeError, match=r"checkpoints\[1\]: tensor 'ids' holds whole numbers \(I64\) that differ"):
+    with pytest.raises(MergeError, match=r"checkpoints\[1\]: tensor 'ids' holds whole numbers \(torch.int64\) that differ"):
         average(base | {"ids": ids}, [tuned[0] | {"ids": ids}, tuned[1] | {"ids": ids + 1}])
 
 

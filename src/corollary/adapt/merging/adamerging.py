@@ -25,8 +25,10 @@ class Factors:
         if not 0 <= scale <= 1:
             raise MergeError(f"'scale' must lie in [0, 1], not {scale}")
         self.names, self.scale = list(tasks.base), scale
-        device = next(iter(tasks.base.values())).device
-        self.raw = torch.full((len(self.names) if layerwise else 1, len(tasks)), scale, device=device, requires_grad=True)
+        like = next(iter(tasks.base.values()))
+        dtype = torch.promote_types(like.dtype, torch.float32)  # half precision would swallow the steps
+        shape = (len(self.names) if layerwise else 1, len(tasks))
+        self.raw = torch.full(shape, scale, device=like.device, dtype=dtype, requires_grad=True)
 
     def __call__(self) -> dict[str, Tensor]:
         rows = self.raw.clamp(0, 1).expand(len(self.names), -1)

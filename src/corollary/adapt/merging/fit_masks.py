@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from corollary.adapt.merging.adamerging import Factors, adapt_factors
 from corollary.adapt.merging.lazy import MergeError
-from corollary.adapt.merging.masks import ConcreteMasks, concrete_sample
+from corollary.adapt.merging.masks import ConcreteMasks, concrete_sample, uniform_noise
 from corollary.adapt.merging.objective import Head, UnlabelledTasks
 
 MERGING = ("task_arithmetic", "taskwise_adamerging", "layerwise_adamerging")
@@ -119,6 +119,5 @@ def fit_concrete_masks(
 
 def _sample(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
     """A mask with mean 1, differentiable in the logits."""
-    noise = torch.rand(logits.shape, generator=generator, dtype=logits.dtype).to(logits.device)
-    mask = concrete_sample(logits, noise, temperature)
+    mask = concrete_sample(logits, uniform_noise(logits, generator), temperature)
     return mask / mask.mean()

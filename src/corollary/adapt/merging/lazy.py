@@ -143,7 +143,8 @@ def check_checkpoints(base: Mapping[str, Tensor], checkpoints: Sequence[Mapping[
         raise TypeError(f"'checkpoints' must be a list of mappings, not {type(checkpoints).__name__}")
     if not checkpoints:
         raise MergeError("'checkpoints' is empty; give at least one")
-    for i, mapping in enumerate((base, *checkpoints)):
+    given: tuple[Any, ...] = (base, *checkpoints)
+    for i, mapping in enumerate(given):
         if not isinstance(mapping, Mapping):
             what = f"checkpoints[{i - 1}]" if i else "base"
             raise TypeError(f"'{what}' must map names to tensors, not be a {type(mapping).__name__}")
@@ -177,6 +178,6 @@ def _check_one(checkpoint: Any, base: Any, name: str, spec: TensorSpec, where: s
         )
     if spec.shape and not torch.equal(base[name], checkpoint[name]):
         raise MergeError(
-            f"{where}: tensor '{name}' holds whole numbers ({spec.dtype}) that differ from those in {origin}; "
+            f"{where}: tensor '{name}' holds whole numbers ({DTYPES[spec.dtype]}) that differ from those in {origin}; "
             "they cannot be merged. If they are quantized weights, dequantize the checkpoint first"
         )

@@ -37,6 +37,12 @@ def concrete_sample(logits: Tensor, noise: Tensor, temperature: float) -> Tensor
     return torch.sigmoid((logits + u.log() - (-u).log1p()) / temperature)
 
 
+def uniform_noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Noise for logits: the same numbers whatever their dtype and device, in single precision at least."""
+    noise = torch.rand(like.shape, generator=generator)
+    return noise.to(like.device, torch.promote_types(like.dtype, noise.dtype))
+
+
 class ConcreteMasks(Mapping[str, Tensor]):
     r"""One mask for all tasks, as logits: a mapping from a tensor's name to the logits x of its entries' masks.
 
@@ -94,7 +100,7 @@ class ConcreteMasks(Mapping[str, Tensor]):
         return name in self.logits  # Mapping's own would read the tensor
 
     def draw(self, name: str) -> Tensor:
-        """The mask of one tensor, rescaled to mean 1, in the logits' dtype.
+        """The mask of one tensor, rescaled to mean 1, in single precision at least.
 
         Raises:
             MergeError: where the mask is 0 everywhere, or not finite.
@@ -107,14 +113,13 @@ class ConcreteMasks(Mapping[str, Tensor]):
         else:
             digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-            noise = torch.rand(logits.shape, generator=generator, dtype=logits.dtype).to(logits.device)
-            mask = concrete_sample(logits, noise, self.temperature)
+            mask = concrete_sample(logits, uniform_noise(logits, generator), self.temperature)
             if self.how == "binary":
-                mask = (mask > 0.5).to(logits.dtype)
-        mean = mask.mean()
-        if mask.numel() and not (bool(mean.isfinite()) and float(mean) > 0):
-            raise MergeError(f"the mask of tensor '{name}' has mean {float(mean)} and cannot be rescaled to mean 1")
-        return mask / mean
+                mask = (mask > 0.5).to(mask.dtype)
+        mean = float(mask.detach().mean())
+        if mask.numel() and not 0 < mean < math.inf:
+            raise MergeError(f"the mask of tensor '{name}' has mean {mean} and cannot be rescaled to mean 1")
+        return mask / mask.mean()
 
     def save(self, path: str | Path) -> Path:
         """Write the logits to a ``.safetensors`` file, with the rest in its metadata; whole or not at all.

@@ -57,7 +57,8 @@ class UnlabelledTasks:
         self.heads: Sequence[Head] = heads or [lambda out: out] * len(checkpoints)
         self.base = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
         if not self.base:
-            raise MergeError("'model' has no trainable parameters, and so nothing to merge")
+            held = ", ".join(sorted({str(p.dtype) for p in model.parameters()})) or "nothing"
+            raise MergeError(f"'model' has no trainable floating parameters, and so nothing to merge; it holds {held}")
         for i, checkpoint in enumerate(checkpoints):
             for name, parameter in self.base.items():
                 if name not in checkpoint:
@@ -65,6 +66,8 @@ class UnlabelledTasks:
                 if checkpoint[name].shape != parameter.shape:
                     came = tuple(checkpoint[name].shape)
                     raise MergeError(f"checkpoints[{i}]: tensor '{name}' is {came}, the model's is {tuple(parameter.shape)}")
+                if not checkpoint[name].is_floating_point():
+                    raise MergeError(f"checkpoints[{i}]: tensor '{name}' is {checkpoint[name].dtype}; it must be floating")
         self.vectors = {
             name: torch.stack([checkpoint[name].detach().to(start) - start for checkpoint in checkpoints])
             for name, start in self.base.items()
@@ -80,7 +83,7 @@ class UnlabelledTasks:
         merged = {}
         for name, start in self.base.items():
             change = torch.tensordot(scales[name].to(start), self.vectors[name], 1)
-            merged[name] = start + (change if masks is None else masks[name] * change)
+            merged[name] = start + (change if masks is None else masks[name].to(start) * change)
         return merged
 
     def entropy(self, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -104,7 +107,7 @@ def _stream(i: int, given: Tensor | Iterable[Any], batch_size: int, generator: t
 def _draws(x: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
     while True:
         order = torch.randperm(len(x), generator=generator).to(x.device)
-        for part in order.split(batch_size):
+        for part in torch.split(order, batch_size):
             yield x[part]
 
 

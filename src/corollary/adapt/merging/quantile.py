@@ -37,7 +37,7 @@ def kth_magnitude(passes: Callable[[], Iterable[Tensor]], k: int, dtype: torch.d
     while shift >= 0:
         counts = torch.zeros(_DIGIT, dtype=torch.int64)
         for tensor in passes():
-            for piece in tensor.detach().reshape(-1).split(_CHUNK):
+            for piece in torch.split(tensor.detach().reshape(-1), _CHUNK):
                 bits = piece.abs().view(whole)
                 settled = bits if shift + 16 >= 8 * dtype.itemsize else bits[(bits >> (shift + 16)) == prefix]
                 counts += torch.bincount((settled >> shift) & (_DIGIT - 1), minlength=_DIGIT).cpu()
