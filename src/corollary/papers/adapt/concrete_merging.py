@@ -94,7 +94,7 @@ def suite(seed: int, tuned_steps: int) -> Suite:
     forward = vmap(lambda parameters, x: functional_call(model, parameters, (x,)))
     optimizer = torch.optim.Adam(tuned.values(), lr=3e-4)
     for _ in range(tuned_steps):
-        picked = torch.randint(len(split.train_y), (64,))
+        picked = torch.randint(len(split.train_y), (32,))
         logits = _head(weights, forward(tuned, train[:, picked]))
         # The sum over tasks: each has parameters of its own, so each takes the step that it would take alone.
         loss = len(TASKS) * cross_entropy(logits.flatten(0, 1), split.train_y[picked].repeat(len(TASKS)))
@@ -117,7 +117,7 @@ def _masks(
     s = suite(seed, tuned_steps)
     return fit_concrete_masks(
         s.model, s.checkpoints, s.inputs, heads=s.heads, merging=merging, scale=scale, steps=steps, lr=0.05, inner_lr=inner,
-        adapt_steps=100, adapt_lr=0.01, batch_size=128, seed=seed,
+        adapt_steps=100, adapt_lr=0.01, batch_size=64, seed=seed,
     )  # fmt: skip
 
 
@@ -201,7 +201,7 @@ def beats_merging_on_the_worst_task(trial: Trial, method: str = "Concrete") -> P
 def _adapted(seed: int, steps: int, start: float, rate: float) -> Mapping[str, Tensor]:
     s = suite(seed, steps)
     factors = fit_adamerging(
-        s.model, s.checkpoints, s.inputs, heads=s.heads, scale=start, steps=100, lr=rate, batch_size=128, seed=seed
+        s.model, s.checkpoints, s.inputs, heads=s.heads, scale=start, steps=100, lr=rate, batch_size=64, seed=seed
     )
     return task_arithmetic(s.base, s.checkpoints, scale=factors)
 
