@@ -211,6 +211,22 @@ def test_old_file_stands_until_the_new_one_is_whole(tmp_path: Path) -> None:
     assert torch.equal(safetensors.torch.load_file(path)["a"], torch.ones(3))
 
 
+def test_a_folder_that_fills_meanwhile_is_not_touched(tmp_path: Path) -> None:
+    spec = {"a": TensorSpec("F32", (3,))}
+    writer = CheckpointWriter(tmp_path / "out", spec)
+    writer.append("a", torch.ones(3))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.md").write_text("x")
+    with pytest.raises(WriteError, match="something was put there meanwhile"):
+        writer.finish()
+    writer.close()
+    assert list(tree(tmp_path / "out")) == ["notes.md"]
+    (tmp_path / "out" / "notes.md").unlink()
+    again = CheckpointWriter(tmp_path / "out", spec)
+    assert again.resumed == 1
+    assert torch.equal(load_safetensors(again.finish())["a"], torch.ones(3))
+
+
 def test_bad_tensors(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path / "m.safetensors", {"a": TensorSpec("F32", (3,)), "b": TensorSpec("F32", ())})
     for name, tensor, match in [

@@ -269,7 +269,8 @@ class CheckpointWriter:
             The path of the file or folder.
 
         Raises:
-            WriteError: where tensors are still to come; the message names the first.
+            WriteError: where tensors are still to come (the message names the first), or the folder was filled meanwhile; what was
+                written is kept.
         """
         if self.pending:
             raise WriteError(f"{self.path}: tensor '{self.pending[0]}' was not written ({len(self.pending)} missing)")
@@ -283,9 +284,12 @@ class CheckpointWriter:
             os.replace(self._data(self.path.name), self.path)
         else:
             _sync(self._data(""))
-            with suppress(FileNotFoundError):
-                self.path.rmdir()  # it is empty: the constructor saw to that, and this refuses if it no longer is
-            os.replace(self._data(""), self.path)
+            try:
+                with suppress(FileNotFoundError):
+                    self.path.rmdir()  # the constructor found it empty; this refuses if it no longer is
+                os.replace(self._data(""), self.path)
+            except OSError as error:
+                raise WriteError(f"{self.path}: something was put there meanwhile ({error.strerror}); move it away") from error
         _sync(self.path.parent)
         self.close()
         shutil.rmtree(self._folder)
