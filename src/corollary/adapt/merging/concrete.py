@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from corollary.adapt.merging.lazy import MergedCheckpoint, MergeError, Tensors, floating
 from corollary.adapt.merging.masks import ConcreteMasks
-from corollary.adapt.merging.task_arithmetic import Scale, scales_for
+from corollary.adapt.merging.task_arithmetic import Scale, scaled_changes, scales_for
 
 
 def concrete(
@@ -58,10 +57,7 @@ def concrete(
     def combine(name: str, start: Tensor, tensors: Tensors) -> Tensor:
         if name not in masks:
             return start
-        change = torch.zeros_like(start)
-        for factor, tensor in zip(scales_for(factors, count, name), tensors, strict=True):
-            change = change + factor * (tensor - start)
-        return start + masks.draw(name).to(start) * change
+        return start + masks.draw(name).to(start) * scaled_changes(start, tensors, scales_for(factors, count, name))
 
     merged = MergedCheckpoint(base, checkpoints, combine)
     masked = set(floating(merged.specs))

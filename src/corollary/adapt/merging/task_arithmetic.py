@@ -32,6 +32,14 @@ def scales_for(scale: Scale, count: int, name: str) -> list[float] | Tensor:
     return numbers
 
 
+def scaled_changes(start: Tensor, tensors: Tensors, factors: list[float] | Tensor) -> Tensor:
+    """The sum of what became of one tensor on each task, less where it started, times the task's factor."""
+    change = torch.zeros_like(start)
+    for factor, tensor in zip(factors, tensors, strict=True):
+        change += factor * (tensor - start)
+    return change
+
+
 def task_arithmetic(
     base: Mapping[str, Tensor], checkpoints: Sequence[Mapping[str, Tensor]], *, scale: Scale = 0.3
 ) -> MergedCheckpoint:
@@ -67,10 +75,6 @@ def task_arithmetic(
         scales_for(scale, len(checkpoints), "")
 
     def combine(name: str, start: Tensor, tensors: Tensors) -> Tensor:
-        change = torch.zeros_like(start)
-        factors = scales_for(scale, len(tensors), name)
-        for factor, tensor in zip(factors, tensors, strict=True):
-            change = change + factor.to(start) * (tensor - start) if isinstance(factor, Tensor) else change.add_(tensor - start, alpha=factor)  # fmt: skip
-        return start + change
+        return start + scaled_changes(start, tensors, scales_for(scale, len(tensors), name))
 
     return MergedCheckpoint(base, checkpoints, combine)
