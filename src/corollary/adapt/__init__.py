@@ -9,6 +9,18 @@ from corollary.adapt.lora_limits import LoRAGradient, NormThreshold, lora_attent
 from corollary.adapt.lora_sb import LoRASB, mean_gradients
 from corollary.adapt.lora_xs import LoRAXS
 from corollary.adapt.merged import merge_adapters, merge_and_unload, unmerge_adapters
+from corollary.adapt.merging import (
+    ConcreteMasks,
+    MergedCheckpoint,
+    MergeError,
+    average,
+    concrete,
+    fit_adamerging,
+    fit_concrete_masks,
+    load_concrete_masks,
+    task_arithmetic,
+    ties,
+)
 from corollary.adapt.pego import PEGO
 from corollary.adapt.polynomial_attention import polynomial_attention
 from corollary.adapt.randlora import RandLoRA
@@ -56,4 +68,14 @@ __all__ = [
     "LoRAGradient",
     "norm_threshold",
     "NormThreshold",
+    "average",
+    "task_arithmetic",
+    "ties",
+    "concrete",
+    "fit_concrete_masks",
+    "ConcreteMasks",
+    "load_concrete_masks",
+    "fit_adamerging",
+    "MergedCheckpoint",
+    "MergeError",
 ]

@@ -169,6 +169,34 @@ def diff(
     run_diff(DiffRequest(base, tuned, k, epsilon, full, match, every, jobs, html, json, store))
 
 
+@app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(help="The pretrained checkpoint: a .safetensors file, a shard index, or a folder.")],
+    checkpoints: Annotated[
+        list[Path], typer.Argument(metavar="CKPT...", help="What was fine-tuned from it, one for each task.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder, or a .safetensors file.")],
+    method: Annotated[str, typer.Option(help="average, task-arithmetic, ties or concrete.")] = "task-arithmetic",
+    scale: Annotated[
+        float | None, typer.Option(help="Factor of the task vectors [default: 0.3; ties 1.0; concrete the masks' own].")
+    ] = None,
+    density: Annotated[float | None, typer.Option(help="ties: share of entries that is kept [default: 0.2].")] = None,
+    scope: Annotated[
+        str | None, typer.Option(help="ties: rank entries in the 'checkpoint' [default] or each 'tensor'.")
+    ] = None,
+    weight: Annotated[list[float] | None, typer.Option(help="average: once for each CKPT [default: all alike].")] = None,
+    masks: Annotated[Path | None, typer.Option(metavar="FILE", help="concrete: what fit_concrete_masks(...) saved.")] = None,
+    shard_bytes: Annotated[int, typer.Option(help="A folder's files hold no more.", min=1)] = 5_000_000_000,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Throw an interrupted merge's work away.")] = False,
+    json: Json = None,
+) -> None:
+    """Merge checkpoints larger than memory into one. Interrupt it at will: the same command goes on where it stopped."""
+    from corollary.cli.merge import MergeRequest, run_merge
+
+    options = {"scale": scale, "density": density, "scope": scope, "weight": weight or None, "masks": masks}
+    raise typer.Exit(run_merge(MergeRequest(base, checkpoints, method, out, options, shard_bytes, fresh, json)))
+
+
 def main() -> None:
     """Run the command line; every failure is one clear line and an exit status."""
     from corollary.claims.parallel import BackendError
