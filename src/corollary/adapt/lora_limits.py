@@ -165,11 +165,11 @@ def lora_attention_gradient(
         projected = {name: x.detach() @ weights[name].detach().mT for name in names}
         for name, (a, b) in leaves.items():
             projected[name] = projected[name] + alpha / a.shape[0] * (x.detach() @ a.mT @ b.mT)
-        out = polynomial_attention(
+        out = polynomial_attention(  # type: ignore[assignment]
             *(projected[name] for name in names), tolerance=tolerance, degree=degree, scale=scale, max_features=max_features
         )
-        if target.shape != out.shape:
-            raise ValueError(f"'target' has shape {tuple(target.shape)}; allowed: {tuple(out.shape)}, as the output")
-        loss = (out - target).square().sum() / 2
+        if target.shape != out.shape:  # type: ignore[attr-defined]
+            raise ValueError(f"'target' has shape {tuple(target.shape)}; allowed: {tuple(out.shape)}, as the output")  # type: ignore[attr-defined]
+        loss = (out - target).square().sum() / 2  # type: ignore[operator]
     grads = torch.autograd.grad(loss, [m for pair in leaves.values() for m in pair])
     return LoRAGradient(loss.detach(), {name: (grads[2 * i], grads[2 * i + 1]) for i, name in enumerate(leaves)})

@@ -58,7 +58,7 @@ class TriAdaptLoRAAdapter(LowRankAdapter):
         norm = (self.active[:, None] * self.lora_C * self.active).norm() / self.blocks
         grown = norm - self.last_norm
         self.last_norm.copy_(norm)
-        return grown
+        return grown  # type: ignore[no-any-return]
 
     def grow(self, increment: int) -> int:
         """Let as many more rows and columns act, as far as there are any; gives how many that was."""

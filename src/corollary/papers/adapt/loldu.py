@@ -37,7 +37,7 @@ def eliminate(matrix: Array) -> tuple[Array, Array, Array]:
         for i in range(j + 1, m):
             lower[i, j] = upper[i, j] / upper[j, j]
             upper[i] -= lower[i, j] * upper[j]
-    return order, lower, upper[:k]
+    return order, lower, upper[:k]  # type: ignore[return-value]
 
 
 def loldu_oracle(weight: Array, state: dict[str, Array], config: LoLDU) -> Array:
@@ -94,6 +94,6 @@ def starts_as_the_model(trial: Trial, method: LoLDU = LoLDU()) -> Exact:  # noqa
             if hasattr(layer, "adapters"):
                 adapter = cast(DiagonalAdapter, layer.adapters["default"])
                 weight = adapter.site.matrix(layer.weight)
-                rebuilt = (adapter.left * adapter.start) @ adapter.right
+                rebuilt = (adapter.left * adapter.start) @ adapter.right  # type: ignore[operator]
                 errors.append(float((rebuilt - weight).norm() / weight.norm()))
     return Exact(errors)

@@ -37,7 +37,7 @@ def xs_oracle(weight: Array, state: dict[str, Array], config: LoRAXS) -> Array:
     rank = config.rank
     sign = np.sign((vt[:rank] * state["lora_A"]).sum(1))
     scale = 1.0 if config.alpha is None else config.alpha / rank
-    return scale * (u[:, :rank] * s[:rank] * sign) @ state["lora_R"] @ (sign[:, None] * vt[:rank])
+    return scale * (u[:, :rank] * s[:rank] * sign) @ state["lora_R"] @ (sign[:, None] * vt[:rank])  # type: ignore[no-any-return]
 
 
 def _random_gradients(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
@@ -76,7 +76,7 @@ def _gradients(seed: int, texts: int, dtype: torch.dtype = torch.float32) -> dic
     return mean_gradients(
         model,
         lambda i: cross_entropy(model(hidden[i], data.mask[i]), data.labels[i]),
-        chosen.split(max(1, texts // 4)),
+        chosen.split(max(1, texts // 4)),  # type: ignore[no-untyped-call]
         task.names(),
     )
 

@@ -79,7 +79,7 @@ def update_has_full_rank(trial: Trial, kind: type[RandLoRA] = RandLoRA) -> Exact
         held = layer._modules.get("adapters")
         if held is not None:
             # The factors were trained in float32; their product is formed in float64, where rounding is no rank.
-            change = copy.deepcopy(held["default"]).double().delta().detach()  # type: ignore[operator, index]
+            change = copy.deepcopy(held["default"]).double().delta().detach()  # type: ignore[index]
             lacking.append(min(change.shape) - int(torch.linalg.matrix_rank(change)))
     lora = sum(p.numel() for p in task.put_on(task.encoder(trial.seed), LoRA(rank=9), 0.001, 0).parameters() if p.requires_grad)
     trial.log(trainable=run.trainable, lora_trainable=lora)

@@ -36,7 +36,7 @@ def lora_oracle(weight: Array, state: dict[str, Array], config: LoRA) -> Array:
     """The scaled sum of outer products of B's columns and A's rows."""
     alpha = config.rank if config.alpha is None else config.alpha
     scale = alpha / (config.rank**0.5 if config.use_rslora else config.rank)
-    product: Array = sum(np.outer(state["lora_B"][:, i], state["lora_A"][i]) for i in range(config.rank))
+    product: Array = sum(np.outer(state["lora_B"][:, i], state["lora_A"][i]) for i in range(config.rank))  # type: ignore[assignment]
     return scale * product
 
 

@@ -113,10 +113,10 @@ def adalora(lr: float, seed: int, steps: int) -> task.Run:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = peft.get_peft_model(task.encoder(seed), config)  # type: ignore[arg-type]
+        model = peft.get_peft_model(task.encoder(seed), config)
 
     def allocate(step: int) -> None:
-        model.base_model.update_and_allocate(step + 1)  # type: ignore[operator]
+        model.base_model.update_and_allocate(step + 1)
 
     return task.fit(model, lr, seed, steps, after_step=allocate)
 
