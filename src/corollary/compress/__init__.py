@@ -5,25 +5,31 @@ from corollary.compress.maestro import (
     MaestroLinear,
     RankSampler,
     decompose,
+    deploy,
     hierarchical_group_lasso,
     maestro_layers,
     ranks_set,
     shrink,
 )
-from corollary.compress.trp import TrainedRankPruning, energy_truncation, fold_weight, rank_pruning_groups, unfold_weight
+from corollary.compress.splitting import factorize, fold_weight, split_layer, splittable, unfold_weight
+from corollary.compress.trp import TrainedRankPruning, energy_truncation, rank_pruning_groups
 
 __all__ = [
     "MaestroConv2d",
     "MaestroLinear",
     "RankSampler",
     "decompose",
+    "deploy",
     "hierarchical_group_lasso",
     "maestro_layers",
     "ranks_set",
     "shrink",
+    "factorize",
+    "fold_weight",
+    "split_layer",
+    "splittable",
+    "unfold_weight",
     "TrainedRankPruning",
     "energy_truncation",
-    "fold_weight",
     "rank_pruning_groups",
-    "unfold_weight",
 ]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from corollary.compress.splitting import split_layer, splittable
 
 
 class OrderedLowRank(nn.Module):
@@ -84,6 +85,10 @@ class OrderedLowRank(nn.Module):
         self.rank = rank
         self.kept.fill_(rank)
 
+    def dense_like(self) -> nn.Linear | nn.Conv2d:
+        """An ordinary layer of the same shape and bias, whose weight is still to be set."""
+        raise NotImplementedError
+
     def _factors(self) -> tuple[Tensor, Tensor]:
         rank = self.active_rank
         if rank == 0:  # one component times nothing: no kernel takes an empty inner dimension everywhere
@@ -153,6 +158,13 @@ class MaestroLinear(OrderedLowRank):
         into, out = self._factors()
         return F.linear(F.linear(x, into), out, self.bias)
 
+    def dense_like(self) -> nn.Linear:
+        """An ``nn.Linear`` of the same shape and bias, whose weight is still to be set."""
+        made: Any = {"device": self.weight_in.device, "dtype": self.weight_in.dtype}
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, **made)
+        dense.bias = self.bias  # type: ignore[assignment]
+        return dense.train(self.training)
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank} of {self.max_rank}, bias={self.bias is not None}"
 
@@ -219,6 +231,14 @@ class MaestroConv2d(OrderedLowRank):
         hidden = F.conv2d(x, kernels, None, self.stride, self.padding, self.dilation)
         return F.conv2d(hidden, out[:, :, None, None], self.bias)
 
+    def dense_like(self) -> nn.Conv2d:
+        """An ``nn.Conv2d`` of the same shape and bias, whose weight is still to be set."""
+        made: Any = {"device": self.weight_in.device, "dtype": self.weight_in.dtype, "bias": self.bias is not None}
+        shape: Any = (self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation)
+        dense = nn.Conv2d(*shape, **made)
+        dense.bias = self.bias
+        return dense.train(self.training)
+
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, {self.kernel_size}, stride={self.stride}, padding={self.padding}, "
@@ -261,25 +281,19 @@ def decompose(model: nn.Module, *, skip: Sequence[str] = ()) -> nn.Module:
         >>> type(model[0]).__name__, type(model[2]).__name__
         ('MaestroLinear', 'Linear')
     """
-    names = dict(model.named_modules())
-    for pattern in skip:
-        if not any(fnmatch(name, pattern) for name in names):
-            raise ValueError(f"'skip' has the pattern {pattern!r}, which matches no module; there are: {', '.join(names)}")
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     replaced = 0
-    for name, module in names.items():
-        if not name or any(fnmatch(name, pattern) for pattern in skip):
-            continue
-        layer: OrderedLowRank
-        if type(module) is nn.Linear and id(module.weight) not in tables:
-            made = {"device": module.weight.device, "dtype": module.weight.dtype}
-            layer = MaestroLinear(module.in_features, module.out_features, module.bias is not None, **made)
-        elif type(module) is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros":
-            made = {"device": module.weight.device, "dtype": module.weight.dtype}
-            shape: Any = (module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding)
-            layer = MaestroConv2d(*shape, dilation=module.dilation, bias=module.bias is not None, **made)  # type: ignore[arg-type]
+    for name, module in list(splittable(model, skip)):
+        made: dict[str, Any] = {
+            "bias": module.bias is not None,
+            "device": module.weight.device,
+            "dtype": module.weight.dtype,
+        }
+        layer: MaestroLinear | MaestroConv2d
+        if isinstance(module, nn.Linear):
+            layer = MaestroLinear(module.in_features, module.out_features, **made)
         else:
-            continue
+            shape: Any = (module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding)
+            layer = MaestroConv2d(*shape, dilation=module.dilation, **made)  # type: ignore[arg-type]
         layer.set_weight(module.weight.flatten(1))
         layer.bias = module.bias
         layer.train(module.training)
@@ -418,3 +432,38 @@ def ranks_set(model: nn.Module, ranks: Mapping[str, int]) -> Iterator[nn.Module]
         for name in ranks:
             if name in layers:
                 layers[name].sampled = None
+
+
+@torch.no_grad()
+def deploy(model: nn.Module, ranks: Mapping[str, int] | None = None) -> nn.Module:
+    """Put ordinary layers in the place of Maestro's: two of them at the rank in use, or a dense one where that is smaller.
+
+    Args:
+        model: changed in place.
+        ranks: ranks by layer name to cut to first; layers that are not named keep the rank in use.
+
+    Returns:
+        The model, which computes what it did at these ranks. A layer of rank 0 becomes two layers of rank 1 that are zero.
+
+    Raises:
+        ValueError: a name that is no Maestro layer, or a rank above the one in use.
+
+    Example:
+        >>> model = deploy(nn.Sequential(MaestroLinear(8, 8)), {"0": 2})
+        >>> [tuple(layer.weight.shape) for layer in model[0]]
+        [(2, 8), (8, 2)]
+    """
+    layers = maestro_layers(model)
+    for name in ranks or {}:
+        if name not in layers:
+            raise ValueError(f"'ranks' names {name!r}, which is no Maestro layer; there are: {', '.join(layers)}")
+    for name, layer in layers.items():
+        layer.set_rank((ranks or {}).get(name, layer.rank))
+        into, out = layer._factors()
+        dense = layer.dense_like()
+        if into.numel() + out.numel() < dense.weight.numel():
+            model.set_submodule(name, split_layer(dense, out, into))
+        else:
+            dense.weight.copy_((out @ into).view_as(dense.weight))
+            model.set_submodule(name, dense)
+    return model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -11,56 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-SCHEMES = ("channel", "spatial")
-
-
-def unfold_weight(weight: Tensor, scheme: str = "channel") -> Tensor:
-    r"""The matrix whose rank counts when a layer's weight is split in two.
-
-    A linear layer's weight is its own matrix. A convolution's, of shape (N, C, h, w), becomes N × (C h w) for the channel-wise
-    split (h × w, then 1 × 1), or (C h) × (N w) for the spatial one (h × 1, then 1 × w).
-
-    Args:
-        weight: shape (out, in) or (N, C, h, w).
-        scheme: 'channel' or 'spatial'.
-
-    Returns:
-        A matrix of the same entries.
-
-    Raises:
-        ValueError: another shape or scheme.
-
-    Example:
-        >>> unfold_weight(torch.zeros(8, 4, 3, 5)).shape, unfold_weight(torch.zeros(8, 4, 3, 5), "spatial").shape
-        (torch.Size([8, 60]), torch.Size([12, 40]))
-    """
-    _check_scheme(scheme)
-    if weight.dim() == 2:
-        return weight
-    if weight.dim() != 4:
-        raise ValueError(f"'weight' must have shape (out, in) or (N, C, h, w), not {tuple(weight.shape)}")
-    n, c, h, w = weight.shape
-    return weight.reshape(n, c * h * w) if scheme == "channel" else weight.permute(1, 2, 0, 3).reshape(c * h, n * w)
-
-
-def fold_weight(matrix: Tensor, shape: Sequence[int], scheme: str = "channel") -> Tensor:
-    """The weight of the given shape that `unfold_weight` makes this matrix of.
-
-    Args:
-        matrix: as `unfold_weight` gave it.
-        shape: of the weight, (out, in) or (N, C, h, w).
-        scheme: 'channel' or 'spatial'.
-
-    Example:
-        >>> weight = torch.arange(2.0 * 3 * 4 * 5).view(2, 3, 4, 5)
-        >>> bool((fold_weight(unfold_weight(weight, "spatial"), weight.shape, "spatial") == weight).all())
-        True
-    """
-    _check_scheme(scheme)
-    if len(shape) == 2 or scheme == "channel":
-        return matrix.reshape(*shape)
-    n, c, h, w = shape
-    return matrix.reshape(c, h, n, w).permute(2, 0, 1, 3)
+from corollary.compress.splitting import check_scheme, fold_weight, splittable, unfold_weight
 
 
 def energy_truncation(matrix: Tensor, energy: float) -> tuple[Tensor, Tensor]:
@@ -118,21 +68,12 @@ def rank_pruning_groups(
         >>> [len(group["params"]) for group in rank_pruning_groups(model, skip=["2"])]
         [1, 3]
     """
-    _check_scheme(scheme)
-    names = [name for name, _ in model.named_modules()]
-    for pattern in skip:
-        if not any(fnmatch(name, pattern) for name in names):
-            raise ValueError(f"'skip' has the pattern {pattern!r}, which matches no module; there are: {', '.join(names[1:])}")
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    check_scheme(scheme)
     chosen: dict[int, nn.Parameter] = {}
-    for name, module in model.named_modules():
-        conv = isinstance(module, nn.Conv2d) and module.groups == 1 and max(module.kernel_size) > 1
-        if not (conv or isinstance(module, nn.Linear)) or any(fnmatch(name, pattern) for pattern in skip):
-            continue
-        weight = module.weight
-        assert isinstance(weight, nn.Parameter)
-        if id(weight) not in tables and min(unfold_weight(weight, scheme).shape) >= smallest:
-            chosen[id(weight)] = weight
+    for _, layer in splittable(model, skip):
+        pointwise = isinstance(layer, nn.Conv2d) and max(layer.kernel_size) == 1
+        if not pointwise and min(unfold_weight(layer.weight, scheme).shape) >= smallest:
+            chosen[id(layer.weight)] = layer.weight
     if not chosen:
         raise ValueError("'model' has no linear layer or convolution that may be split")
     rest = [p for p in model.parameters() if id(p) not in chosen]
@@ -178,13 +119,13 @@ class TrainedRankPruning(Optimizer):
 
     Example:
         >>> _ = torch.manual_seed(0)
-        >>> model = nn.Linear(8, 6)
+        >>> model = nn.Sequential(nn.Linear(8, 6))
         >>> optimizer = TrainedRankPruning(rank_pruning_groups(model), torch.optim.SGD, lr=0.1, period=5, energy=0.5)
         >>> for _ in range(5):
         ...     optimizer.zero_grad()
         ...     model(torch.randn(32, 8)).square().mean().backward()
         ...     optimizer.step()
-        >>> int(torch.linalg.matrix_rank(model.weight.detach())) < 6
+        >>> int(torch.linalg.matrix_rank(model[0].weight.detach())) < 6
         True
 
     Reference:
@@ -245,7 +186,7 @@ class TrainedRankPruning(Optimizer):
         for option, value in self._own.items():
             group.setdefault(option, value)
         if group["scheme"] is not None:
-            _check_scheme(group["scheme"])
+            check_scheme(group["scheme"])
         if isinstance(group["period"], bool) or not isinstance(group["period"], int) or group["period"] < 1:
             raise ValueError(f"'period' must be a whole number of at least 1, not {group['period']!r}")
         if not 0 < group["energy"] <= 1:
@@ -326,8 +267,3 @@ def _treated(group: Mapping[str, Any]) -> list[Tensor]:
     if group["scheme"] is None:
         return []
     return [p for p in group["params"] if p.grad is not None and p.dim() in (2, 4) and p.numel()]
-
-
-def _check_scheme(scheme: str) -> None:
-    if scheme not in SCHEMES:
-        raise ValueError(f"'scheme' is {scheme!r}; allowed: {', '.join(SCHEMES)}")
