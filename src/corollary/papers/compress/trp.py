@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.optim import SGD
+from torch.optim import SGD, AdamW
 
 from corollary.claims import Paired, Trial, claim
 from corollary.compress import TrainedRankPruning, rank_pruning_groups
+from corollary.papers.compress._small_gpt import RATIOS, factorized_gpt, fresh_gpt, pretrain, stream_of, validation_loss
 from corollary.papers.compress._small_nets import accuracy, factorized, fit, fresh, split_of
 from corollary.testing import Case
 from corollary.testing.optimizer import Problem
@@ -171,3 +172,43 @@ def nuclear_term_lowers_rank(trial: Trial, nuclear_weight: float = 0.1) -> Paire
     without = _trained(trial.seed, _epochs(trial), ENERGY, "channel", 0.0, 1.0)
     _log(trial, nuclear=ours, without=without)
     return Paired(ours=ours[2], baseline=without[2])
+
+
+# -------------------------------------------------------------------------------------------------------------- language
+
+
+GPT_PERIOD, GPT_ENERGY = 10, 0.95
+GPT_RATES = {"TRP": 0.004, "plain": 0.008}
+
+
+@lru_cache(maxsize=64)
+def _language(seed: int, steps: int, energy: float | None) -> dict[float, float]:
+    """Validation loss by the share of the blocks' weights that is left, 1 for the whole model; energy None is plain AdamW."""
+    stream = stream_of(seed)
+    net = fresh_gpt(seed)
+    optimizer: Any
+    if energy is None:
+        optimizer = AdamW(net.parameters(), lr=GPT_RATES["plain"])
+    else:
+        groups = rank_pruning_groups(net, skip=["head"])
+        optimizer = TrainedRankPruning(groups, AdamW, lr=GPT_RATES["TRP"], period=GPT_PERIOD, energy=energy, nuclear_weight=3e-4)
+    pretrain(net, optimizer, stream, steps, seed)
+    return {1.0: validation_loss(net, stream)} | {r: validation_loss(factorized_gpt(net, r), stream) for r in RATIOS}
+
+
+
+
+@claim(control={"energy": 1.0})
+def language_model_at_a_tenth(trial: Trial, energy: float = GPT_ENERGY) -> Paired:
+    """Validation loss of a LLaMA with a tenth of its blocks' weights: trained by TRP, and by AdamW with SVD after it."""
+    steps = trial.pick(smoke=20, laptop=200, full=3000)
+    ours, plain = _language(trial.seed, steps, energy), _language(trial.seed, steps, None)
+    trial.figure(
+        "perplexity",
+        x=list(ours),
+        y={"TRP": np.exp(list(ours.values())).tolist(), "SVD after training": np.exp(list(plain.values())).tolist()},
+        xlabel="share of the blocks' weights",
+        ylabel="perplexity of a byte",
+        log="y",
+    )
+    return Paired(ours=ours[0.1], baseline=plain[0.1])
