@@ -47,7 +47,9 @@ def cases() -> list[Bench]:
             ours=steps(width, lambda p: TrainedRankPruning(p, SGD, lr=1e-3, momentum=0.9, period=PERIOD)),
             peers={
                 "torch.optim.SGD": steps(width, lambda p: SGD(p, lr=1e-3, momentum=0.9)),
-                "torch.optim.SGD, torch.linalg.svd by hand": steps(width, lambda p: SGD(p, lr=1e-3, momentum=0.9), by_hand=True),
+                "torch.optim.SGD, torch.linalg.svd by hand": steps(
+                    width, lambda p: SGD(p, lr=1e-3, momentum=0.9), by_hand=True
+                ),
             },
             rounds=5,
             warmup=1,

@@ -1,1 +1,38 @@
 """Changing a pretrained model cheaply: adapters, merging, steering, continual learning and unlearning."""
+
+from corollary.adapt.base import Adapter, AdapterConfig, LowRankAdapter
+from corollary.adapt.inject import adapt, adapter_penalty, delete_adapter, disable_adapters, set_adapters
+from corollary.adapt.interop import from_peft, to_peft
+from corollary.adapt.lora import LoRA
+from corollary.adapt.lora_xs import LoRAXS
+from corollary.adapt.merged import merge_adapters, merge_and_unload, unmerge_adapters
+from corollary.adapt.report import AdapterReport, adapter_report
+from corollary.adapt.site import Site
+from corollary.adapt.state import adapter_state_dict, load_adapter, load_adapter_state_dict, save_adapter
+from corollary.adapt.vera import VeRA
+
+__all__ = [
+    "adapt",
+    "set_adapters",
+    "disable_adapters",
+    "delete_adapter",
+    "merge_adapters",
+    "unmerge_adapters",
+    "merge_and_unload",
+    "adapter_state_dict",
+    "load_adapter_state_dict",
+    "save_adapter",
+    "load_adapter",
+    "to_peft",
+    "from_peft",
+    "adapter_report",
+    "AdapterReport",
+    "adapter_penalty",
+    "Adapter",
+    "LowRankAdapter",
+    "AdapterConfig",
+    "Site",
+    "LoRA",
+    "LoRAXS",
+    "VeRA",
+]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from corollary.compress.layers import factored, set_factors
+
 SCHEMES = ("channel", "spatial")
 
 
@@ -113,7 +115,7 @@ def split_layer(layer: nn.Linear | nn.Conv2d, left: Tensor, right: Tensor, schem
         scheme: for a convolution, 'channel' (h × w to r channels, then 1 × 1) or 'spatial' (h × 1 to r channels, then 1 × w).
 
     Returns:
-        An ``nn.Sequential`` of two ``nn.Linear`` or two ``nn.Conv2d``; the bias is the second one's.
+        An ``nn.Sequential`` of two ordinary layers, a `Factored` unless the split is spatial; the bias is the second one's.
 
     Raises:
         ValueError: factors that do not fit the layer.
@@ -131,31 +133,19 @@ def split_layer(layer: nn.Linear | nn.Conv2d, left: Tensor, right: Tensor, schem
         raise ValueError(
             f"'left' and 'right' must have shapes ({m}, r) and (r, {n}), not {tuple(left.shape)} and {tuple(right.shape)}"
         )
+    if isinstance(layer, nn.Linear) or scheme == "channel":
+        return set_factors(factored(layer, rank), left, right, layer.bias)
+    into, out, (h, w) = layer.in_channels, layer.out_channels, layer.kernel_size
+    stride, dilation, padding = layer.stride, layer.dilation, layer.padding
+    # 'same' and 'valid' say the same of either axis.
+    tall, wide = (padding, padding) if isinstance(padding, str) else ((padding[0], 0), (0, padding[1]))
     kind: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-    biased = layer.bias is not None
-    first: nn.Linear | nn.Conv2d
-    second: nn.Linear | nn.Conv2d
-    if isinstance(layer, nn.Linear):
-        first = nn.Linear(layer.in_features, rank, bias=False, **kind)
-        second = nn.Linear(rank, layer.out_features, bias=biased, **kind)
-        weights = right, left
-    else:
-        into, out, (h, w) = layer.in_channels, layer.out_channels, layer.kernel_size
-        stride, dilation, padding = layer.stride, layer.dilation, layer.padding
-        if scheme == "channel":
-            first = nn.Conv2d(into, rank, (h, w), stride, padding, dilation, bias=False, **kind)  # type: ignore[arg-type]
-            second = nn.Conv2d(rank, out, 1, bias=biased, **kind)
-            weights = right.view(rank, into, h, w), left[:, :, None, None]
-        else:
-            # 'same' and 'valid' say the same of either axis.
-            tall, wide = (padding, padding) if isinstance(padding, str) else ((padding[0], 0), (0, padding[1]))
-            first = nn.Conv2d(into, rank, (h, 1), (stride[0], 1), tall, (dilation[0], 1), bias=False, **kind)
-            second = nn.Conv2d(rank, out, (1, w), (1, stride[1]), wide, (1, dilation[1]), bias=biased, **kind)
-            weights = left.view(into, h, rank).permute(2, 0, 1)[..., None], right.view(rank, out, w).transpose(0, 1)[:, :, None]
-    first.weight.copy_(weights[0])
-    second.weight.copy_(weights[1])
-    if layer.bias is not None:
-        second.bias = layer.bias
+    first = nn.Conv2d(into, rank, (h, 1), (stride[0], 1), tall, (dilation[0], 1), bias=False, **kind)
+    second = nn.Conv2d(rank, out, (1, w), (1, stride[1]), wide, (1, dilation[1]), bias=layer.bias is not None, **kind)
+    first.weight.copy_(left.view(into, h, rank).permute(2, 0, 1)[..., None])
+    second.weight.copy_(right.view(rank, out, w).transpose(0, 1)[:, :, None])
+    if layer.bias is not None and second.bias is not None:
+        second.bias.copy_(layer.bias)
     return nn.Sequential(first, second).train(layer.training)
 
 
@@ -195,9 +185,9 @@ def factorize(
         >>> factorize(model)
         {'0': 1}
         >>> model[0]
-        Sequential(
-          (0): Linear(in_features=8, out_features=1, bias=False)
-          (1): Linear(in_features=1, out_features=8, bias=False)
+        Factored(
+          (down): Linear(in_features=8, out_features=1, bias=False)
+          (up): Linear(in_features=1, out_features=8, bias=False)
         )
     """
     if not 0 < energy <= 1:

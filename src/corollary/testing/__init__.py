@@ -3,6 +3,7 @@
 ``check_<kind>`` runs every check of its kind on a factory; the test suite runs them over every registered component.
 """
 
+from corollary.testing.adapter import check_adapter
 from corollary.testing.case import Case, Check, checks, iterate_checks, run_checks
 from corollary.testing.diagnostic import check_diagnostic
 from corollary.testing.estimator import check_estimator
@@ -20,6 +21,7 @@ __all__ = [
     "checks",
     "iterate_checks",
     "run_checks",
+    "check_adapter",
     "check_diagnostic",
     "check_estimator",
     "check_function",

@@ -191,11 +191,11 @@ def _language(seed: int, steps: int, energy: float | None) -> dict[float, float]
         optimizer = AdamW(net.parameters(), lr=GPT_RATES["plain"])
     else:
         groups = rank_pruning_groups(net, skip=["head"])
-        optimizer = TrainedRankPruning(groups, AdamW, lr=GPT_RATES["TRP"], period=GPT_PERIOD, energy=energy, nuclear_weight=3e-4)
+        optimizer = TrainedRankPruning(
+            groups, AdamW, lr=GPT_RATES["TRP"], period=GPT_PERIOD, energy=energy, nuclear_weight=3e-4
+        )
     pretrain(net, optimizer, stream, steps, seed)
     return {1.0: validation_loss(net, stream)} | {r: validation_loss(factorized_gpt(net, r), stream) for r in RATIOS}
-
-
 
 
 @claim(control={"energy": 1.0})
