@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -11,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
-from corollary.compress import factorize
+from corollary.compress import deploy, factorize, maestro_layers
 from corollary.data import TokenStream, stdlib_text
 from corollary.models import GPT
 
@@ -56,7 +58,8 @@ def pretrain(
         loss = cross_entropy(out.flatten(0, 1), y.flatten())
         if extra is not None:
             loss = loss + extra()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if every is not None:
@@ -95,3 +98,22 @@ def factorized_gpt(net: GPT, ratio: float) -> GPT:
         low, high = (middle, high) if fits else (low, middle)
         best = found if fits else best
     return best
+
+
+def cut_gpt(net: GPT, ratio: float, full: int) -> GPT:
+    """A deployed copy of a model with Maestro layers, the least important components gone until ``ratio`` of ``full`` is left."""
+    layers = maestro_layers(net)
+    losses = []
+    for name, layer in layers.items():
+        importance = layer.importance()
+        shares = importance / importance[:1].clamp_min(1e-30)
+        losses += [(share, name) for share in shares[1:].tolist()]  # one component always stays
+    order = [name for _, name in sorted(losses)]
+
+    def without(count: int) -> GPT:
+        gone = Counter(order[:count])
+        smaller = copy.deepcopy(net)
+        deploy(smaller, {name: layer.rank - gone[name] for name, layer in layers.items()})
+        return smaller
+
+    return without(bisect_left(range(len(order)), True, key=lambda count: block_weights(without(count)) <= ratio * full))

@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
-from typing import Any
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import SGD
+from torch.optim import SGD, AdamW
 
 from corollary.claims import Exact, Paired, Trial, claim
 from corollary.compress import (
@@ -27,6 +25,16 @@ from corollary.compress import (
     shrink,
 )
 from corollary.data import tabular
+from corollary.papers.compress._small_gpt import (
+    RATIOS,
+    block_weights,
+    cut_gpt,
+    factorized_gpt,
+    fresh_gpt,
+    pretrain,
+    stream_of,
+    validation_loss,
+)
 from corollary.papers.compress._small_nets import accuracy, factorized, fit, fresh, products, renew_norms, split_of
 from corollary.testing import Case
 
@@ -110,8 +118,11 @@ def recovers_pca(trial: Trial, ordered: bool = True) -> Exact:
 
 # --------------------------------------------------------------------------------------------------------------- networks
 
-CAP, EPOCHS, WHOLE = 0.2, 10, ("head",)
-RATES, PENALTIES = (0.1, 0.3), (0.01, 0.02)
+CAP, EPOCHS, WHOLE = 0.15, 20, ("head",)
+OURS = {"rate": 0.3, "penalty": 0.015}
+SVD = {"rate": 0.3, "weight_decay": 1e-3}
+PUFFERFISH = {"rate": 0.3, "warmup": 0.2}
+"""each method's best on seeds 100 and 101, out of the choices that the record lists"""
 
 
 def cut_to(net: nn.Module, cap: float, x: Tensor, full: int) -> nn.Module:
@@ -192,40 +203,75 @@ def _pufferfish(seed: int, epochs: int, rate: float, warmup: float) -> tuple[flo
     return accuracy(small, split), products(small, x) / full
 
 
-def _best(run: Callable[..., tuple[float, float]], choices: Mapping[str, tuple[float, ...]], trial: Trial) -> dict[str, float]:
-    """The choice of the best accuracy, over two seeds that no trial uses."""
-    grid: list[dict[str, float]] = [{}]
-    for name, values in choices.items():
-        grid = [{**chosen, name: value} for chosen in grid for value in values]
-    seeds = [trial.seed + 1, trial.seed + 2]
-    return max(grid, key=lambda chosen: sum(run(seed, _epochs(trial), **chosen)[0] for seed in seeds))
-
-
 def _epochs(trial: Trial) -> int:
     return trial.pick(smoke=2, laptop=EPOCHS, full=60)
 
 
-def _tune(baseline: str, trial: Trial, ordered: bool = True) -> dict[str, Any]:
-    ours = _best(partial(_maestro, ordered=ordered), {"rate": RATES, "penalty": PENALTIES}, trial)
-    if baseline == "svd":
-        return {"ours": ours, "theirs": _best(_svd, {"rate": RATES, "weight_decay": (1e-4, 1e-3)}, trial)}
-    return {"ours": ours, "theirs": _best(_pufferfish, {"rate": RATES, "warmup": (0.2, 0.4)}, trial)}
-
-
-def _against(trial: Trial, run: Callable[..., tuple[float, float]], ordered: bool) -> Paired:
-    ours = _maestro(trial.seed, _epochs(trial), ordered=ordered, **trial.tuned["ours"])
-    theirs = run(trial.seed, _epochs(trial), **trial.tuned["theirs"])
+def _against(trial: Trial, theirs: tuple[float, float], ordered: bool) -> Paired:
+    ours = _maestro(trial.seed, _epochs(trial), **OURS, ordered=ordered)
     trial.log(share=ours[1], baseline_share=theirs[1])
     return Paired(ours=ours[0], baseline=theirs[0])
 
 
-@claim(control={"ordered": False}, tune=partial(_tune, "svd"))
+@claim(control={"ordered": False})
 def beats_svd_per_mac(trial: Trial, ordered: bool = True) -> Paired:
     """Accuracy under the cap against that of SVD after training."""
-    return _against(trial, _svd, ordered)
+    return _against(trial, _svd(trial.seed, _epochs(trial), **SVD), ordered)
 
 
-@claim(control={"ordered": False}, tune=partial(_tune, "pufferfish"))
+@claim(control={"ordered": False})
 def beats_pufferfish_per_mac(trial: Trial, ordered: bool = True) -> Paired:
     """Accuracy under the cap against that of a network that went low-rank in the middle of its training."""
-    return _against(trial, _pufferfish, ordered)
+    return _against(trial, _pufferfish(trial.seed, _epochs(trial), **PUFFERFISH), ordered)
+
+
+# -------------------------------------------------------------------------------------------------------------- language
+
+GPT_OURS = {"rate": 0.002, "penalty": 0.01}
+GPT_SVD_RATE = 0.008
+
+
+@lru_cache(maxsize=64)
+def _maestro_gpt(seed: int, steps: int, rate: float, penalty: float, ordered: bool) -> dict[float, float]:
+    """Validation loss by the share of the blocks' weights that is left, 1 for all components."""
+    stream, net = stream_of(seed), fresh_gpt(seed)
+    full = block_weights(net)
+    decompose(net, skip=WHOLE)
+    optimizer = AdamW(net.parameters(), lr=rate)
+    sampler = RankSampler(net, seed)
+    if ordered:
+        pretrain(
+            net,
+            optimizer,
+            stream,
+            steps,
+            seed,
+            context=lambda: sampler,
+            extra=lambda: penalty * hierarchical_group_lasso(net),
+        )
+    else:
+        pretrain(net, optimizer, stream, steps, seed)
+    return {1.0: validation_loss(net, stream)} | {r: validation_loss(cut_gpt(net, r, full), stream) for r in RATIOS}
+
+
+@lru_cache(maxsize=64)
+def _svd_gpt(seed: int, steps: int, rate: float) -> dict[float, float]:
+    stream, net = stream_of(seed), fresh_gpt(seed)
+    pretrain(net, AdamW(net.parameters(), lr=rate), stream, steps, seed)
+    return {1.0: validation_loss(net, stream)} | {r: validation_loss(factorized_gpt(net, r), stream) for r in RATIOS}
+
+
+@claim(control={"ordered": False})
+def language_model_at_a_tenth(trial: Trial, ordered: bool = True) -> Paired:
+    """Validation loss of a LLaMA with a tenth of its blocks' weights: of Maestro's layers, and by SVD after AdamW."""
+    steps = trial.pick(smoke=20, laptop=200, full=3000)
+    ours, plain = _maestro_gpt(trial.seed, steps, **GPT_OURS, ordered=ordered), _svd_gpt(trial.seed, steps, GPT_SVD_RATE)
+    trial.figure(
+        "perplexity",
+        x=list(ours),
+        y={"Maestro": np.exp(list(ours.values())).tolist(), "SVD after training": np.exp(list(plain.values())).tolist()},
+        xlabel="share of the blocks' weights",
+        ylabel="perplexity of a byte",
+        log="y",
+    )
+    return Paired(ours=ours[0.1], baseline=plain[0.1])
