@@ -37,7 +37,7 @@ class OrderedLowRank(nn.Module):
         self.weight_in = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         self.weight_out = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
         self.register_buffer("kept", torch.tensor(rank, device=device))
-        self.register_load_state_dict_post_hook(_take_rank)
+        self.register_load_state_dict_post_hook(_take_rank)  # type: ignore[no-untyped-call]
 
     @property
     def active_rank(self) -> int:
@@ -227,7 +227,7 @@ class MaestroConv2d(OrderedLowRank):
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
             raise ValueError(f"'x' has shape {tuple(x.shape)}; allowed: (N, {self.in_channels}, H, W)")
         into, out = self._factors()
-        kernels = into.unflatten(1, (self.in_channels, *self.kernel_size))
+        kernels = into.view(-1, self.in_channels, *self.kernel_size)
         hidden = F.conv2d(x, kernels, None, self.stride, self.padding, self.dilation)
         return F.conv2d(hidden, out[:, :, None, None], self.bias)
 
@@ -292,10 +292,17 @@ def decompose(model: nn.Module, *, skip: Sequence[str] = ()) -> nn.Module:
         if isinstance(module, nn.Linear):
             layer = MaestroLinear(module.in_features, module.out_features, **made)
         else:
-            shape: Any = (module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding)
-            layer = MaestroConv2d(*shape, dilation=module.dilation, **made)  # type: ignore[arg-type]
+            shape: Any = (
+                module.in_channels,
+                module.out_channels,
+                module.kernel_size,
+                module.stride,
+                module.padding,
+                module.dilation,
+            )
+            layer = MaestroConv2d(*shape, **made)
         layer.set_weight(module.weight.flatten(1))
-        layer.bias = module.bias
+        layer.bias = module.bias  # type: ignore[assignment]
         layer.train(module.training)
         model.set_submodule(name, layer)
         replaced += 1

@@ -101,7 +101,7 @@ def splittable(model: nn.Module, skip: Sequence[str] = ()) -> Iterator[tuple[str
         else:
             plain = id(module.weight) not in tables
         if plain:
-            yield name, module  # type: ignore[misc]
+            yield name, module
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ def rank_pruning_groups(
         [1, 3]
     """
     check_scheme(scheme)
-    chosen: dict[int, nn.Parameter] = {}
+    chosen: dict[int, Tensor] = {}
     for _, layer in splittable(model, skip):
         pointwise = isinstance(layer, nn.Conv2d) and max(layer.kernel_size) == 1
         if not pointwise and min(unfold_weight(layer.weight, scheme).shape) >= smallest:

@@ -58,7 +58,7 @@ def pretrain(
         loss = cross_entropy(out.flatten(0, 1), y.flatten())
         if extra is not None:
             loss = loss + extra()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         schedule.step()

@@ -107,13 +107,13 @@ def _trained(
     """Accuracy before and after factorization under the cap, and the share of products left; energy None is plain SGD."""
     split = split_of("digits", seed)
     net = fresh("digits", seed)
-    options = {"lr": RATE, "momentum": 0.9, "weight_decay": 1e-3}
+    options: dict[str, Any] = {"lr": RATE, "momentum": 0.9, "weight_decay": 1e-3}
     optimizer: Any
     if energy is None:
         optimizer = SGD(net.parameters(), **options)
     else:
         groups = rank_pruning_groups(net, scheme=scheme, skip=WHOLE)
-        own = {"period": PERIOD, "energy": energy, "nuclear_weight": nuclear_weight}
+        own: dict[str, Any] = {"period": PERIOD, "energy": energy, "nuclear_weight": nuclear_weight}
         optimizer = TrainedRankPruning(groups, SGD, **own, **options)
     fit(net, optimizer, split, epochs, seed)
     smaller, share = factorized(net, split, cap, scheme, WHOLE)
@@ -178,7 +178,7 @@ def nuclear_term_lowers_rank(trial: Trial, nuclear_weight: float = 0.1) -> Paire
 
 
 GPT_PERIOD, GPT_ENERGY = 10, 0.95
-GPT_RATES = {"TRP": 0.004, "plain": 0.008}
+GPT_RATE = 0.008
 
 
 @lru_cache(maxsize=64)
@@ -188,12 +188,10 @@ def _language(seed: int, steps: int, energy: float | None) -> dict[float, float]
     net = fresh_gpt(seed)
     optimizer: Any
     if energy is None:
-        optimizer = AdamW(net.parameters(), lr=GPT_RATES["plain"])
+        optimizer = AdamW(net.parameters(), lr=GPT_RATE)
     else:
         groups = rank_pruning_groups(net, skip=["head"])
-        optimizer = TrainedRankPruning(
-            groups, AdamW, lr=GPT_RATES["TRP"], period=GPT_PERIOD, energy=energy, nuclear_weight=3e-4
-        )
+        optimizer = TrainedRankPruning(groups, AdamW, lr=GPT_RATE, period=GPT_PERIOD, energy=energy, nuclear_weight=3e-4)
     pretrain(net, optimizer, stream, steps, seed)
     return {1.0: validation_loss(net, stream)} | {r: validation_loss(factorized_gpt(net, r), stream) for r in RATIOS}
 
