@@ -12,6 +12,9 @@ from torch.optim.optimizer import ParamsT
 
 from corollary.compress.splitting import check_scheme, fold_weight, splittable, unfold_weight
 
+TOGETHER = 2**14
+"""weights of no more entries are decomposed in one call with others of their shape"""
+
 
 def energy_truncation(matrix: Tensor, energy: float) -> tuple[Tensor, Tensor]:
     r"""The shortest truncation of the singular value decomposition that keeps a share of the energy, and its nuclear direction.
@@ -39,9 +42,11 @@ def energy_truncation(matrix: Tensor, energy: float) -> tuple[Tensor, Tensor]:
     squares = s.square()
     # A direction stays if those before it fall short of the share: so the least sufficient rank is kept.
     before = squares.cumsum(-1) - squares
-    keep = ((before < energy * squares.sum(-1, keepdim=True)) & (s > 0)).to(s.dtype)
-    truncated: Tensor = (u * (s * keep).unsqueeze(-2)) @ vh
-    direction: Tensor = (u * keep.unsqueeze(-2)) @ vh
+    keep = (before < energy * squares.sum(-1, keepdim=True)) & (s > 0)
+    rank = int(keep.sum(-1).max()) if keep.numel() else 0
+    u, s, vh, kept = u[..., :rank], s[..., :rank], vh[..., :rank, :], keep[..., :rank].to(s.dtype)
+    truncated: Tensor = (u * (s * kept).unsqueeze(-2)) @ vh
+    direction: Tensor = (u * kept.unsqueeze(-2)) @ vh
     return truncated.to(matrix.dtype), direction.to(matrix.dtype)
 
 
@@ -249,11 +254,12 @@ class TrainedRankPruning(Optimizer):
         return loss
 
     def _truncate(self, group: Mapping[str, Any], params: Sequence[Tensor]) -> None:
-        """Replace the weights by their truncations, all of one shape in one decomposition, and keep the nuclear directions."""
+        """Replace the weights by their truncations, small ones of one shape together, and keep the nuclear directions."""
         shapes: dict[tuple[Any, ...], list[Tensor]] = {}
-        for p in params:
+        for i, p in enumerate(params):
             if bool(p.isfinite().all()):
-                shapes.setdefault((p.shape, p.dtype, p.device), []).append(p)
+                # Together large ones would take their number's memory and save no time.
+                shapes.setdefault((p.shape, p.dtype, p.device, None if p.numel() <= TOGETHER else i), []).append(p)
         for members in shapes.values():
             stacked = torch.stack([unfold_weight(p, group["scheme"]) for p in members])
             truncated, directions = energy_truncation(stacked, group["energy"])
