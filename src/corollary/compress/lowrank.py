@@ -46,12 +46,12 @@ class LowRank(CompressConfig):
     .. math:: \min_{\mathrm{rank}\,W' \le r} \mathrm{tr}\,\bigl(G\,(W - W')(C - \mu\mu^\top)(W - W')^\top\bigr), \qquad
               b' = b + (W - W')\,\mu,
 
-    with the identity for what ``metric`` leaves out and μ = 0 unless ``centered``. A layer that would not shrink stays dense.
+    with the identity for what ``metric`` leaves out and μ = 0 unless ``centered``. By ``ratio`` a layer that would not shrink stays dense.
 
     Args:
         ratio: the share to keep of what all chosen layers cost together, in (0, 1]. Give this or ``rank``.
         rank: the same for all layers where it is a whole number; a share of the smaller side where it is a fraction below 1; or
-            layer's name to rank.
+            layer's name to rank. It is what you get, whether or not the layer shrinks.
         metric: 'none', 'inputs', 'outputs' (needs calibration with a loss), or 'both'.
         centered: take the inputs' mean off and put what it loses into a bias, which layers without one get.
         budget: what ``ratio`` is a share of: 'parameters' of the weights, 'macs' over the calibration data, or 'bytes'.
@@ -114,7 +114,7 @@ class LowRank(CompressConfig):
         m, n = place.site.out_features, place.site.in_features
         each = 1.0
         if self.budget == "bytes":
-            each = place.matrix.element_size()
+            each = place.itemsize
         if self.budget == "macs":
             if place.moments is None:
                 raise ValueError("'budget' is 'macs', which counts inputs: give 'calibration'")
@@ -130,10 +130,17 @@ class LowRank(CompressConfig):
         costs, dense = zip(*(self.costs(place) for place in places), strict=True)
         if self.allocation == "uniform" or self.ratio == 1:
             return self._shrinking(places, uniform_ranks(costs, dense, self.ratio, multiple_of=self.multiple_of).ranks)
-        errors = []
-        for place in places:
-            own = self._solve(place).errors()
-            errors.append((own / own[0].clamp_min(torch.finfo(own.dtype).tiny)).cpu())
+        return self.allocate(places, [self.relative_errors(place) for place in places])
+
+    def relative_errors(self, place: Place) -> Tensor:
+        """The errors of rank 0, 1, ... on one layer, over the layer's size in the metric: float64, on the CPU."""
+        errors = self._solve(place).errors()
+        return (errors / errors[0].clamp_min(torch.finfo(errors.dtype).tiny)).cpu()
+
+    def allocate(self, places: Sequence[Place], errors: Sequence[Tensor]) -> Sequence[int | None]:
+        """Ranks under the budget, given what each layer errs by at every rank."""
+        assert self.ratio is not None
+        costs, dense = zip(*(self.costs(place) for place in places), strict=True)
         try:
             found = allocate_ranks(errors, costs, dense, self.ratio * sum(dense), multiple_of=self.multiple_of)
         except ValueError as error:
@@ -151,7 +158,7 @@ class LowRank(CompressConfig):
             rank = max(self.multiple_of, int(rank * most) // self.multiple_of * self.multiple_of)
         if rank > most:
             raise ValueError(f"'rank' {rank} is above {most}, the smaller side of '{place.name}'")
-        return self._shrinking([place], [int(rank)])[0]
+        return int(rank)
 
     def _shrinking(self, places: Sequence[Place], ranks: Sequence[int | None]) -> list[int | None]:
         """Ranks that take no fewer numbers than the dense layer leave it dense."""
@@ -165,10 +172,21 @@ class LowRank(CompressConfig):
         return self.centered and getattr(place.layer, "padding_idx", None) is None
 
     def _solve(self, place: Place) -> LowRankSolution:
-        return solve(place.matrix, place.moments, self.metric, self._centers(place), self.damping)
+        if place.memo is not None and "solution" in place.memo:
+            kept: LowRankSolution = place.memo["solution"]
+            return kept
+        solution = solve(place.matrix, place.moments, self.metric, self._centers(place), self.damping)
+        if place.memo is not None:
+            place.memo["solution"] = solution
+        return solution
+
+    def spec(self, place: Place, choice: int) -> Spec:
+        return {"rank": choice, "bias": place.has_bias or self._centers(place)}
 
     def replace(self, place: Place, choice: int) -> Replacement:
         solution = self._solve(place)
+        if place.memo is not None:
+            place.memo.clear()
         up, down = solution.factors(choice)
         bias = None if place.bias is None else place.bias.to(up)
         if self._centers(place):
@@ -181,7 +199,7 @@ class LowRank(CompressConfig):
         m, n = place.site.out_features, place.site.in_features
         return Replacement(
             module=module,
-            spec={"rank": choice, "bias": bias is not None},
+            spec=self.spec(place, choice),
             rank=choice,
             macs=choice * m if place.site.kind == "embedding" else choice * (m + n),
             error=float(errors[choice] / errors[0]) if float(errors[0]) > 0 else 0.0,

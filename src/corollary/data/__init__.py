@@ -3,6 +3,8 @@
 Nothing here opens a connection: every set is in a package that is installed, or on your disk.
 """
 
+from corollary.data.checkpoint_layout import TensorSpec, WriteError
+from corollary.data.checkpoint_writer import CheckpointWriter
 from corollary.data.checkpoints import SafetensorsFile, load_safetensors
 from corollary.data.docstrings import stdlib_docstrings
 from corollary.data.generators import low_rank_matrix, spectrum_matrix
@@ -31,5 +33,8 @@ __all__ = [
     "load_text",
     "load_safetensors",
     "SafetensorsFile",
+    "CheckpointWriter",
+    "TensorSpec",
+    "WriteError",
     "LoadError",
 ]
