@@ -1,1 +1,31 @@
 """Making a trained model smaller: low-rank factors in the metric that counts, compensation, quantizers, key-value caches."""
+
+from corollary.compress.base import CompressConfig, compress, compression_report
+from corollary.compress.budget import Allocation, allocate_ranks, uniform_ranks
+from corollary.compress.calibration import Calibration, Moments, calibrate, load_calibration
+from corollary.compress.layers import Factored, factored, set_factors
+from corollary.compress.lord import LoRD
+from corollary.compress.lowrank import SVD, FeaturePCA, LowRank
+from corollary.compress.report import CompressionReport, LayerReport
+
+__all__ = [
+    "compress",
+    "calibrate",
+    "CompressConfig",
+    "LowRank",
+    "SVD",
+    "FeaturePCA",
+    "LoRD",
+    "Calibration",
+    "Moments",
+    "load_calibration",
+    "compression_report",
+    "CompressionReport",
+    "LayerReport",
+    "Allocation",
+    "allocate_ranks",
+    "uniform_ranks",
+    "Factored",
+    "factored",
+    "set_factors",
+]

@@ -12,6 +12,7 @@ from corollary.linalg.manifolds import Euclidean, Grassmann, Manifold, ManifoldP
 from corollary.linalg.quantize import Quantized, dequantize, quantize
 from corollary.linalg.sketch import count_sketch, gaussian_sketch, srht
 from corollary.linalg.slq import SpectralDensity, TraceEstimate, spectral_density
+from corollary.linalg.weighted_lowrank import LowRankSolution, weighted_low_rank
 
 __all__ = [
     "EmpiricalFisherOperator",
@@ -40,6 +41,8 @@ __all__ = [
     "manifold_of",
     "leading_right_vectors",
     "randomized_right_vectors",
+    "weighted_low_rank",
+    "LowRankSolution",
     "dct",
     "dct_columns",
     "Quantized",
