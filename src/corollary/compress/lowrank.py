@@ -91,7 +91,7 @@ class LowRank(CompressConfig):
             raise ValueError(f"'ratio' must be in (0, 1], not {self.ratio}")
         ranks = self.rank.values() if isinstance(self.rank, Mapping) else () if self.rank is None else (self.rank,)
         for rank in ranks:
-            if isinstance(rank, bool) or not (rank >= 1 and rank == int(rank) or 0 < rank < 1):
+            if isinstance(rank, bool) or not ((rank >= 1 and rank == int(rank)) or 0 < rank < 1):
                 raise ValueError(f"'rank' must be at least 1, or a fraction in (0, 1), not {rank}")
         for name, allowed in (("metric", METRICS), ("budget", BUDGETS), ("allocation", ALLOCATIONS)):
             if getattr(self, name) not in allowed:
