@@ -3,19 +3,27 @@
 from corollary.compress.base import CompressConfig, compress, compression_report
 from corollary.compress.budget import Allocation, allocate_ranks, uniform_ranks
 from corollary.compress.calibration import Calibration, Moments, calibrate, load_calibration
+from corollary.compress.eora import EoRA, Quantize
 from corollary.compress.layers import Factored, factored, set_factors
 from corollary.compress.lord import LoRD
 from corollary.compress.lowrank import SVD, FeaturePCA, LowRank
+from corollary.compress.packed import PackedLinear
+from corollary.compress.quantizers import gptq, round_to_nearest, two_four, two_four_mask
 from corollary.compress.report import CompressionReport, LayerReport
+from corollary.compress.state import load, save
 
 __all__ = [
     "compress",
     "calibrate",
+    "save",
+    "load",
     "CompressConfig",
     "LowRank",
     "SVD",
     "FeaturePCA",
     "LoRD",
+    "Quantize",
+    "EoRA",
     "Calibration",
     "Moments",
     "load_calibration",
@@ -28,4 +36,9 @@ __all__ = [
     "Factored",
     "factored",
     "set_factors",
+    "PackedLinear",
+    "round_to_nearest",
+    "two_four",
+    "two_four_mask",
+    "gptq",
 ]

@@ -61,6 +61,7 @@ def allocate_ranks(
         ValueError: for lists of different length, or a budget too small.
 
     Example:
+        >>> import torch
         >>> allocate_ranks([torch.tensor([9.0, 1.0, 0.0]), torch.tensor([3.0, 2.0, 0.0])], [4, 4], [10, 10], 14).ranks
         (1, None)
     """

@@ -46,12 +46,12 @@ class LowRank(CompressConfig):
     .. math:: \min_{\mathrm{rank}\,W' \le r} \mathrm{tr}\,\bigl(G\,(W - W')(C - \mu\mu^\top)(W - W')^\top\bigr), \qquad
               b' = b + (W - W')\,\mu,
 
-    with the identity for what ``metric`` leaves out and μ = 0 unless ``centered``. A layer that would not shrink stays dense.
+    with the identity for what ``metric`` leaves out and μ = 0 unless ``centered``. By ``ratio`` a layer that would not shrink stays dense.
 
     Args:
         ratio: the share to keep of what all chosen layers cost together, in (0, 1]. Give this or ``rank``.
         rank: the same for all layers where it is a whole number; a share of the smaller side where it is a fraction below 1; or
-            layer's name to rank.
+            layer's name to rank. It is what you get, whether or not the layer shrinks.
         metric: 'none', 'inputs', 'outputs' (needs calibration with a loss), or 'both'.
         centered: take the inputs' mean off and put what it loses into a bias, which layers without one get.
         budget: what ``ratio`` is a share of: 'parameters' of the weights, 'macs' over the calibration data, or 'bytes'.
@@ -151,7 +151,7 @@ class LowRank(CompressConfig):
             rank = max(self.multiple_of, int(rank * most) // self.multiple_of * self.multiple_of)
         if rank > most:
             raise ValueError(f"'rank' {rank} is above {most}, the smaller side of '{place.name}'")
-        return self._shrinking([place], [int(rank)])[0]
+        return int(rank)
 
     def _shrinking(self, places: Sequence[Place], ranks: Sequence[int | None]) -> list[int | None]:
         """Ranks that take no fewer numbers than the dense layer leave it dense."""

@@ -17,9 +17,9 @@ from corollary.models import GPT
 
 LINEAR = r"blocks\..*_proj"
 """targets: the seven matrices of each block; embedding, norms and head are left alone"""
-CONTEXT = 64
-STEPS = 400
-RATE = 0.006
+CONTEXT = 32
+STEPS = 600
+RATE = 0.003
 
 
 @dataclass(frozen=True)
