@@ -21,6 +21,7 @@ from corollary.compress.report import CompressionReport, LayerReport
 from corollary.compress.sites import compressible, replace_layer, site_of
 
 _REGISTRY = "_corollary_compression"
+_MEMO = 2**26  # weights: above this many, a factorization is made twice rather than kept for every layer
 _CONFIGS: dict[str, type[CompressConfig]] = {}
 
 Spec = dict[str, Any]
@@ -36,12 +37,14 @@ class Place:
         layer: the dense layer.
         site: its geometry.
         moments: of its inputs; None where nothing was calibrated.
+        memo: where a method keeps what choosing and replacing both need; empty for a model too large to keep it for all layers.
     """
 
     name: str
     layer: nn.Module
     site: Site
     moments: Moments | None
+    memo: dict[str, Any] | None = None
 
     @property
     def matrix(self) -> Tensor:
@@ -217,12 +220,17 @@ def compress(
         if name not in moments:
             raise ValueError(f"'calibration' has no layer '{name}'; it has for example: {', '.join(list(moments)[:3])}")
     layers = {name: model.get_submodule(name) for name in names}
-    places = [Place(n, layer, site_of(n, layer), moments[n] if moments else None) for n, layer in layers.items()]
+    small = sum(cast(Tensor, layer.weight).numel() for layer in layers.values()) <= _MEMO
+    places = [
+        Place(n, layer, site_of(n, layer), moments[n] if moments else None, {} if small else None)
+        for n, layer in layers.items()
+    ]
     choices = config.choose(places)
     step, rows = Step(config, {}), []
     for place, choice in zip(places, choices, strict=True):
         if choice is not None and sequential and config.calibrated:
-            place = dataclasses.replace(place, moments=calibrate(model, cast(Any, data), _exactly([place.name]))[place.name])
+            seen = calibrate(model, cast(Any, data), _exactly([place.name]))[place.name]
+            place = dataclasses.replace(place, moments=seen, memo=None)
         new = None if choice is None else config.replace(place, choice)
         if new is not None:
             model = replace_layer(model, place.name, new.module)

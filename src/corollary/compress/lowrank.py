@@ -165,10 +165,18 @@ class LowRank(CompressConfig):
         return self.centered and getattr(place.layer, "padding_idx", None) is None
 
     def _solve(self, place: Place) -> LowRankSolution:
-        return solve(place.matrix, place.moments, self.metric, self._centers(place), self.damping)
+        if place.memo is not None and "solution" in place.memo:
+            kept: LowRankSolution = place.memo["solution"]
+            return kept
+        solution = solve(place.matrix, place.moments, self.metric, self._centers(place), self.damping)
+        if place.memo is not None:
+            place.memo["solution"] = solution
+        return solution
 
     def replace(self, place: Place, choice: int) -> Replacement:
         solution = self._solve(place)
+        if place.memo is not None:
+            place.memo.clear()
         up, down = solution.factors(choice)
         bias = None if place.bias is None else place.bias.to(up)
         if self._centers(place):

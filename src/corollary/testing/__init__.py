@@ -5,6 +5,7 @@
 
 from corollary.testing.adapter import check_adapter
 from corollary.testing.case import Case, Check, checks, iterate_checks, run_checks
+from corollary.testing.compressor import check_compressor
 from corollary.testing.diagnostic import check_diagnostic
 from corollary.testing.estimator import check_estimator
 from corollary.testing.function import check_function
@@ -22,6 +23,7 @@ __all__ = [
     "iterate_checks",
     "run_checks",
     "check_adapter",
+    "check_compressor",
     "check_diagnostic",
     "check_estimator",
     "check_function",
