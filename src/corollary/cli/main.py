@@ -197,6 +197,49 @@ def merge(
     raise typer.Exit(run_merge(MergeRequest(base, checkpoints, method, out, options, shard_bytes, fresh, json)))
 
 
+@app.command()
+def compress(
+    checkpoint: Annotated[Path, typer.Argument(help="A .safetensors file, a shard index, or a folder with either.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder; corollary.compress.load reads it.")],
+    method: Annotated[str, typer.Option(help="svd, lord, feature-pca, eora, quantize or gptq.")] = "svd",
+    ratio: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the chosen layers' weights to keep [default: 0.7]; for eora of their bytes [default: rank 16]."
+        ),
+    ] = None,
+    rank: Annotated[
+        float | None, typer.Option(help="Instead of --ratio: one rank for all, or a share of each smaller side.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What corollary.compress.calibrate(model, batches).save(FILE) wrote.")
+    ] = None,
+    targets: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="Layers, by name or its end [default: all but embeddings and heads].")
+    ] = None,
+    transposed: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="Layers that store in × out, as GPT-2's c_attn, c_proj and c_fc do.")
+    ] = None,
+    allocation: Annotated[str | None, typer.Option(help="Ranks by one budget, global, or uniform.")] = None,
+    multiple_of: Annotated[int | None, typer.Option(help="Ranks are multiples of this.", min=1)] = None,
+    bits: Annotated[int | None, typer.Option(help="quantize, gptq, eora: 4 [default], 8, or 16 for none.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Entries of a row that share a step [default: 64].", min=1)] = None,
+    sparsity: Annotated[str | None, typer.Option(help="quantize, eora: 2:4.")] = None,
+    shard_bytes: Annotated[int, typer.Option(help="The output's files hold no more.", min=1)] = 5_000_000_000,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Throw interrupted work away.")] = False,
+    json: Json = None,
+) -> None:
+    """Write a smaller copy of a checkpoint of any size. Interrupt it at will: the same command goes on where it stopped."""
+    from corollary.cli.compress import CompressRequest, run_compress
+
+    options = {
+        "ratio": ratio, "rank": rank, "allocation": allocation, "multiple_of": multiple_of, "bits": bits, "group_size": group_size,
+        "sparsity": sparsity,
+    }  # fmt: skip
+    request = CompressRequest(checkpoint, method, out, options, calibration, targets, transposed, shard_bytes, fresh, json)
+    raise typer.Exit(run_compress(request))
+
+
 def main() -> None:
     """Run the command line; every failure is one clear line and an exit status."""
     from corollary.claims.parallel import BackendError

@@ -3,6 +3,7 @@
 from corollary.compress.base import CompressConfig, compress, compression_report
 from corollary.compress.budget import Allocation, allocate_ranks, uniform_ranks
 from corollary.compress.calibration import Calibration, Moments, calibrate, load_calibration
+from corollary.compress.checkpoint import compress_checkpoint, linear_layers
 from corollary.compress.eora import EoRA, Quantize
 from corollary.compress.layers import Factored, factored, set_factors
 from corollary.compress.lord import LoRD
@@ -15,6 +16,8 @@ from corollary.compress.state import load, save
 __all__ = [
     "compress",
     "calibrate",
+    "compress_checkpoint",
+    "linear_layers",
     "save",
     "load",
     "CompressConfig",

@@ -52,6 +52,16 @@ class Place:
         return self.site.matrix(cast(Tensor, self.layer.weight).detach())
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of one number of its weight."""
+        return cast(Tensor, self.layer.weight).element_size()
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the layer has a bias."""
+        return getattr(self.layer, "bias", None) is not None
+
+    @property
     def bias(self) -> Tensor | None:
         """Its bias (out,), where it has one."""
         bias = getattr(self.layer, "bias", None)
@@ -98,6 +108,10 @@ class CompressConfig(ABC):
     @abstractmethod
     def choose(self, places: Sequence[Place]) -> Sequence[int | None]:
         """The rank of every layer, or whatever number `replace` takes; None leaves the layer as it is."""
+
+    @abstractmethod
+    def spec(self, place: Place, choice: int) -> Spec:
+        """How the layer's replacement will be built: known before its weights are."""
 
     @abstractmethod
     def replace(self, place: Place, choice: int) -> Replacement:

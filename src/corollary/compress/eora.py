@@ -15,6 +15,7 @@ from corollary.compress.packed import PackedLinear
 
 METHODS = ("nearest", "gptq")
 CRITERIA = ("magnitude", "wanda")
+_SIZED = {2: torch.float16, 4: torch.float32, 8: torch.float64}
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,9 @@ class Quantize(CompressConfig):
             dtype=weight.dtype,
         ).train(layer.training)
 
+    def spec(self, place: Place, choice: int) -> Spec:
+        return {"rank": choice, "bias": place.has_bias}
+
     @torch.no_grad()
     def replace(self, place: Place, choice: int) -> Replacement:
         layer, moments, matrix = self._empty(place.layer, choice, place.bias is not None), place.moments, place.matrix
@@ -114,7 +118,7 @@ class Quantize(CompressConfig):
         m, n = place.site.out_features, place.site.in_features
         return Replacement(
             module=layer,
-            spec={"rank": choice, "bias": layer.bias is not None},
+            spec=self.spec(place, choice),
             rank=choice or None,
             macs=m * n + choice * (m + n),
             error=left / size if size > 0 else 0.0,
@@ -143,7 +147,8 @@ class EoRA(Quantize):
 
     Args:
         bits, group_size, sparsity, method, criterion: how the weight is compressed, see `Quantize`.
-        rank: of the path.
+        rank: of the path; 16 where nothing is given.
+        ratio: instead of ``rank``: each layer's path gets what packed weight leaves of this share of the dense weight's bytes.
         metric: 'inputs'; 'none' is plain singular value decomposition of the error, what EoRA is measured against.
         damping: see `weighted_low_rank`.
 
@@ -171,14 +176,19 @@ class EoRA(Quantize):
     arXiv 2410.21271, section 3 and Algorithm 1.
     """
 
-    rank: int = 16
+    rank: int | None = None
+    ratio: float | None = None
     metric: str = "inputs"
     damping: float = 1e-6
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank < 1:
+        if self.rank is not None and self.ratio is not None:
+            raise ValueError("give one of 'rank' and 'ratio'")
+        if self.rank is not None and self.rank < 1:
             raise ValueError(f"'rank' must be at least 1, not {self.rank}")
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            raise ValueError(f"'ratio' must be in (0, 1), not {self.ratio}")
         if self.metric not in ("inputs", "none"):
             raise ValueError(f"'metric' must be one of inputs, none, not '{self.metric}'")
         if self.damping < 0:
@@ -189,13 +199,26 @@ class EoRA(Quantize):
         return self.metric == "inputs" or super().calibrated
 
     def rank_of(self, place: Place) -> int:
-        most = min(place.site.out_features, place.site.in_features)
-        if self.rank > most:
-            raise ValueError(f"'rank' {self.rank} is above {most}, the smaller side of '{place.name}'")
-        return self.rank
+        m, n = place.site.out_features, place.site.in_features
+        if self.ratio is not None:
+            empty = PackedLinear(
+                n, m, bits=self.bits, group_size=self.group_size, sparse=self.sparsity is not None, device="meta", dtype=_SIZED[place.itemsize]
+            )  # fmt: skip
+            packed = sum(buffer.nbytes for buffer in empty.buffers())
+            rank = int((self.ratio * m * n * place.itemsize - packed) / ((m + n) * place.itemsize))
+            if rank < 1:
+                share = packed / (m * n * place.itemsize)
+                raise ValueError(
+                    f"'ratio' {self.ratio} leaves no rank for '{place.name}', whose packed weight takes {share:.2g}"
+                )
+            return min(rank, m, n)
+        rank = 16 if self.rank is None else self.rank
+        if rank > min(m, n):
+            raise ValueError(f"'rank' {rank} is above {min(m, n)}, the smaller side of '{place.name}'")
+        return rank
 
     def compensate(self, layer: PackedLinear, delta: Tensor, place: Place) -> float:
-        up, down = solve(delta, place.moments, self.metric, False, self.damping).factors(self.rank)
+        up, down = solve(delta, place.moments, self.metric, False, self.damping).factors(layer.rank)
         layer.up.weight.copy_(up)
         layer.down.weight.copy_(down)
         return super().compensate(layer, delta - (up @ down).to(delta), place)

@@ -114,7 +114,7 @@ class LowRank(CompressConfig):
         m, n = place.site.out_features, place.site.in_features
         each = 1.0
         if self.budget == "bytes":
-            each = place.matrix.element_size()
+            each = place.itemsize
         if self.budget == "macs":
             if place.moments is None:
                 raise ValueError("'budget' is 'macs', which counts inputs: give 'calibration'")
@@ -130,10 +130,17 @@ class LowRank(CompressConfig):
         costs, dense = zip(*(self.costs(place) for place in places), strict=True)
         if self.allocation == "uniform" or self.ratio == 1:
             return self._shrinking(places, uniform_ranks(costs, dense, self.ratio, multiple_of=self.multiple_of).ranks)
-        errors = []
-        for place in places:
-            own = self._solve(place).errors()
-            errors.append((own / own[0].clamp_min(torch.finfo(own.dtype).tiny)).cpu())
+        return self.allocate(places, [self.relative_errors(place) for place in places])
+
+    def relative_errors(self, place: Place) -> Tensor:
+        """The errors of rank 0, 1, ... on one layer, over the layer's size in the metric: float64, on the CPU."""
+        errors = self._solve(place).errors()
+        return (errors / errors[0].clamp_min(torch.finfo(errors.dtype).tiny)).cpu()
+
+    def allocate(self, places: Sequence[Place], errors: Sequence[Tensor]) -> Sequence[int | None]:
+        """Ranks under the budget, given what each layer errs by at every rank."""
+        assert self.ratio is not None
+        costs, dense = zip(*(self.costs(place) for place in places), strict=True)
         try:
             found = allocate_ranks(errors, costs, dense, self.ratio * sum(dense), multiple_of=self.multiple_of)
         except ValueError as error:
@@ -173,6 +180,9 @@ class LowRank(CompressConfig):
             place.memo["solution"] = solution
         return solution
 
+    def spec(self, place: Place, choice: int) -> Spec:
+        return {"rank": choice, "bias": place.has_bias or self._centers(place)}
+
     def replace(self, place: Place, choice: int) -> Replacement:
         solution = self._solve(place)
         if place.memo is not None:
@@ -189,7 +199,7 @@ class LowRank(CompressConfig):
         m, n = place.site.out_features, place.site.in_features
         return Replacement(
             module=module,
-            spec={"rank": choice, "bias": bias is not None},
+            spec=self.spec(place, choice),
             rank=choice,
             macs=choice * m if place.site.kind == "embedding" else choice * (m + n),
             error=float(errors[choice] / errors[0]) if float(errors[0]) > 0 else 0.0,

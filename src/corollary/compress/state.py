@@ -118,18 +118,19 @@ def read_manifest(folder: str | Path) -> tuple[list[Step], dict[str, Any]]:
             Step(config_from_dict(step["method"], step["settings"]), dict(step["layers"].items())) for step in content["steps"]
         ]
         dict(content["shared"].items())
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"'path': '{path}' is broken: {error!r}") from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"'path': '{path}' is broken: {error}") from error
     return steps, content
 
 
 @torch.no_grad()
-def load(path: str | Path, model: nn.Module) -> nn.Module:
+def load(path: str | Path, model: nn.Module, *, strict: bool = True) -> nn.Module:
     """Bring a saved compressed model back, into a model of the original's classes; also inside ``transformers``.
 
     Args:
         path: the folder that `save` or ``corollary compress`` wrote.
         model: the uncompressed architecture; its weights do not matter. Build it from a config, or load the original.
+        strict: refuse tensors that the model has no place for. Checkpoints of others hold some, such as saved positions.
 
     Returns:
         A compressed copy, with the model's own mode, device and dtype; ``model`` stays as it is.
@@ -158,6 +159,9 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
         state[alias] = state[name]
     own = new.state_dict()
     missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    if not strict:
+        state = {name: tensor for name, tensor in state.items() if name in own}
+        unexpected = []
     if missing or unexpected:
         word, name = ("lacks", missing[0]) if missing else ("has a left-over", unexpected[0])
         raise ValueError(f"'path': '{path}' {word} tensor '{name}' ({len(missing)} missing, {len(unexpected)} left over)")
