@@ -44,7 +44,7 @@ def model_on_disk(folder: Path) -> tuple[GPT, Path, Path]:
 @pytest.mark.parametrize(
     "config",
     [
-        SVD(ratio=0.6), LoRD(ratio=0.6), LoRD(rank=5, centered=False), EoRA(rank=3, sparsity="2:4", group_size=8),
+        SVD(ratio=0.6), LoRD(ratio=0.6, allocation="global"), LoRD(rank=5, centered=False), EoRA(rank=3, sparsity="2:4", group_size=8),
         EoRA(ratio=0.5, group_size=16), Quantize(bits=8), Quantize(method="gptq"),
     ],
     ids=lambda c: f"{type(c).__name__}-{c.rank if hasattr(c, 'rank') else c.bits}",
@@ -82,7 +82,7 @@ class Interrupted(Exception):
 def test_resumed_to_the_bit(tmp_path: Path, after: int) -> None:
     _, path, moments = model_on_disk(tmp_path)
     seen = load_calibration(moments)
-    compress_checkpoint(path, LoRD(ratio=0.5), tmp_path / "whole", TARGETS, calibration=seen)
+    compress_checkpoint(path, LoRD(ratio=0.5, allocation="global"), tmp_path / "whole", TARGETS, calibration=seen)
     count = 0
 
     def stop(what: str, done: int, total: int) -> None:
@@ -92,11 +92,18 @@ def test_resumed_to_the_bit(tmp_path: Path, after: int) -> None:
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        compress_checkpoint(path, LoRD(ratio=0.5), tmp_path / "part", TARGETS, calibration=seen, progress=stop)
+        compress_checkpoint(
+            path, LoRD(ratio=0.5, allocation="global"), tmp_path / "part", TARGETS, calibration=seen, progress=stop
+        )
     assert not (tmp_path / "part").exists()
     steps: list[str] = []
     report = compress_checkpoint(
-        path, LoRD(ratio=0.5), tmp_path / "part", TARGETS, calibration=seen, progress=lambda what, *_: steps.append(what)
+        path,
+        LoRD(ratio=0.5, allocation="global"),
+        tmp_path / "part",
+        TARGETS,
+        calibration=seen,
+        progress=lambda what, *_: steps.append(what),
     )
     for file in ("model.safetensors",):
         assert (tmp_path / "part" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
@@ -118,9 +125,9 @@ def test_what_was_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Mon
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        compress_checkpoint(path, SVD(ratio=0.5), tmp_path / "small", progress=stop)
+        compress_checkpoint(path, SVD(ratio=0.5, allocation="global"), tmp_path / "small", progress=stop)
     first = len(calls)
-    compress_checkpoint(path, SVD(ratio=0.5), tmp_path / "small")
+    compress_checkpoint(path, SVD(ratio=0.5, allocation="global"), tmp_path / "small")
     assert first + len(calls[first:]) <= 2 * 14 + 1
     assert not set(calls[:14]) & set(calls[first:]) or len(calls) - first < 14
 

@@ -101,6 +101,11 @@ class CompressConfig(ABC):
         _CONFIGS[cls.__name__] = cls
 
     @property
+    def searches(self) -> bool:
+        """Whether `choose` looks at the moments of all layers before the first one is replaced."""
+        return False
+
+    @property
     def calibrated(self) -> bool:
         """Whether these settings need moments of the layers' inputs."""
         return self.needs_calibration
@@ -228,7 +233,7 @@ def compress(
     if not inplace:
         model = copy.deepcopy(model)
     moments: Mapping[str, Moments] = {}
-    if config.calibrated and not (sequential and not config_needs_all(config)):
+    if config.calibrated and not (sequential and not config.searches):
         moments = calibrate(model, data, _exactly(names)) if data is not None else cast(Calibration, calibration)
     for name in names if moments else ():
         if name not in moments:
@@ -257,11 +262,6 @@ def compress(
     )
     model.__dict__[_REGISTRY] = registry
     return model
-
-
-def config_needs_all(config: CompressConfig) -> bool:
-    """Whether the choice among layers looks at all their moments before the first one is replaced."""
-    return bool(getattr(config, "allocation", "uniform") == "global" and getattr(config, "rank", None) is None)
 
 
 def _exactly(names: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from corollary import __version__
 from corollary.adapt.site import Site
-from corollary.compress.base import CompressConfig, Place, Step, config_needs_all
+from corollary.compress.base import CompressConfig, Place, Step
 from corollary.compress.calibration import Calibration, Moments
 from corollary.compress.lowrank import LowRank
 from corollary.compress.report import CompressionReport, LayerReport
@@ -36,7 +36,7 @@ class _Stored(nn.Linear):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
 
 class StoredPlace(Place):
@@ -56,14 +56,14 @@ class StoredPlace(Place):
     transposed: bool
 
     @property
-    def layer(self) -> nn.Module:  # type: ignore[override]
+    def layer(self) -> nn.Module:
         """The layer, read from disk."""
         weight = self.checkpoint[f"{self.name}.weight"]
         bias = self.checkpoint[f"{self.name}.bias"] if self.has_bias else None
         return _Stored(weight.T if self.transposed else weight, bias)
 
     @property
-    def moments(self) -> Moments | None:  # type: ignore[override]
+    def moments(self) -> Moments | None:
         """Its moments, read from disk."""
         return self.calibration.get(self.name) if self.calibration else None
 
@@ -293,13 +293,13 @@ class _Rows:
 def _choose(
     config: CompressConfig, places: Sequence[StoredPlace], spectra: _Spectra, tell: Callable[[str, int, int], None]
 ) -> Sequence[int | None]:
-    if not (isinstance(config, LowRank) and config_needs_all(config) and config.ratio != 1):
+    if not (isinstance(config, LowRank) and config.searches):
         return config.choose(places)
     sizes = [place.site.out_features * place.site.in_features * place.itemsize for place in places]
     done, errors = 0, []
     for place, size in zip(places, sizes, strict=True):
         if place.name not in spectra.found:
-            spectra.add(place.name, config.relative_errors(place))
+            spectra.add(place.name, config.errors(place))
             place.checkpoint.close()
         errors.append(torch.tensor(spectra.found[place.name], dtype=torch.float64))
         done += size

@@ -21,11 +21,10 @@ class LoRD(LowRank):
     Args:
         ratio: the share to keep of the weights of all chosen layers together, in (0, 1].
         rank: instead of ``ratio``: one rank for all, a share of the smaller side, or layer's name to rank.
-        allocation: 'global', or 'uniform' as in the paper, where every layer of a kind gets the same rank.
+        allocation: 'uniform' as in the paper, where every layer of a kind gets the same rank (None means that too), or 'global'.
         multiple_of, budget, damping, metric, centered: see `LowRank`.
 
-    Deviations: ranks are chosen layer by layer under one budget, where the paper gives all layers of one kind the same rank; factors
-    are balanced. Layers without a bias get one for the mean; ``centered=False`` leaves them without.
+    Deviations: factors are balanced. Layers without a bias get one for the mean; ``centered=False`` leaves them without.
 
     When not to use it: where inference is bound by the launch of many small kernels and not by arithmetic or memory: a factored layer
     is two of them. On a square layer a rank must fall below half of its side before it saves anything.
