@@ -25,7 +25,7 @@ from corollary.compress import (
     load,
     load_calibration,
 )
-from corollary.data import LoadError, WriteError, load_safetensors
+from corollary.data import LoadError, WriteError, open_checkpoint
 from corollary.memory import peak_bytes
 from corollary.models import GPT
 
@@ -199,7 +199,7 @@ def test_chosen_layers(tmp_path: Path) -> None:
         "conv.weight": torch.ones(4, 4, 3),
     }  # fmt: skip
     save_file(tensors, path)
-    checkpoint = load_safetensors(path)
+    checkpoint = open_checkpoint(path)
     assert linear_layers(checkpoint) == ["h.0.fc"]
     assert linear_layers(checkpoint, "fc|lm_head") == ["h.0.fc", "lm_head"]
     with pytest.raises(ValueError, match="no linear layer"):

@@ -173,9 +173,15 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _numbers(module: nn.Module) -> int:
-    count = getattr(module, "number_of_parameters", None)
-    own = count() if callable(count) else sum(p.numel() for p in module._parameters.values() if p is not None)
-    return own + sum(_numbers(child) for child in module.children())
+    """Parameters, shared ones counted once; codes of packed weights count too."""
+    found: dict[int, int] = {}
+    for part in module.modules():
+        count = getattr(part, "number_of_parameters", None)
+        if callable(count):
+            found[id(part)] = count()
+        else:
+            found.update({id(p): p.numel() for p in part._parameters.values() if p is not None})
+    return sum(found.values())
 
 
 @torch.no_grad()

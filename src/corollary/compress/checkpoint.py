@@ -21,7 +21,7 @@ from corollary.compress.calibration import Calibration, Moments
 from corollary.compress.lowrank import LowRank
 from corollary.compress.report import CompressionReport, LayerReport
 from corollary.compress.state import MANIFEST, manifest_of
-from corollary.data import CheckpointWriter, SafetensorsFile, TensorSpec, WriteError, load_safetensors
+from corollary.data import Checkpoint, CheckpointWriter, TensorSpec, WriteError, open_checkpoint
 
 _FLOATING = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 SKIPPED = r"embed|(^|\.)(wte|wpe|shared|lm_head|head)$"
@@ -42,8 +42,8 @@ class _Stored(nn.Linear):
 class StoredPlace(Place):
     """A layer of a checkpoint: weight and moments are read when they are looked at, and not kept."""
 
-    def __init__(self, name: str, checkpoint: SafetensorsFile, calibration: Mapping[str, Moments], transposed: bool) -> None:
-        rows, columns = checkpoint.shape(f"{name}.weight")
+    def __init__(self, name: str, checkpoint: Checkpoint, calibration: Mapping[str, Moments], transposed: bool) -> None:
+        rows, columns = checkpoint[f"{name}.weight"].shape
         shape = (columns, rows) if transposed else (rows, columns)
         for key, value in {
             "name": name, "site": Site("linear", shape), "memo": None, "checkpoint": checkpoint, "calibration": calibration,
@@ -51,15 +51,15 @@ class StoredPlace(Place):
         }.items():  # fmt: skip
             object.__setattr__(self, key, value)
 
-    checkpoint: SafetensorsFile
+    checkpoint: Checkpoint
     calibration: Mapping[str, Moments]
     transposed: bool
 
     @property
     def layer(self) -> nn.Module:
         """The layer, read from disk."""
-        weight = self.checkpoint[f"{self.name}.weight"]
-        bias = self.checkpoint[f"{self.name}.bias"] if self.has_bias else None
+        weight = self.checkpoint.tensor(f"{self.name}.weight")
+        bias = self.checkpoint.tensor(f"{self.name}.bias") if self.has_bias else None
         return _Stored(weight.T if self.transposed else weight, bias)
 
     @property
@@ -70,7 +70,7 @@ class StoredPlace(Place):
     @property
     def dtype(self) -> torch.dtype:
         """Of the stored weight, from the header."""
-        return _FLOATING[self.checkpoint.dtype(f"{self.name}.weight")]
+        return _FLOATING[self.checkpoint[f"{self.name}.weight"].dtype]
 
     @property
     def itemsize(self) -> int:
@@ -85,16 +85,16 @@ class StoredPlace(Place):
         return nn.Linear(self.site.in_features, self.site.out_features, bias=self.has_bias, device="meta", dtype=self.dtype)
 
 
-def _reader(path: str | Path) -> SafetensorsFile:
+def _reader(path: str | Path) -> Checkpoint:
     """The one place that opens a checkpoint."""
-    return load_safetensors(path)
+    return open_checkpoint(path)
 
 
-def linear_layers(checkpoint: SafetensorsFile, targets: str | None = None) -> list[str]:
+def linear_layers(checkpoint: Checkpoint, targets: str | None = None) -> list[str]:
     """Names of the layers whose ``<name>.weight`` is a floating matrix, in the order of names.
 
     Args:
-        checkpoint: as `corollary.data.load_safetensors` gives it.
+        checkpoint: as `corollary.data.open_checkpoint` gives it.
         targets: regular expression that the layer's whole name, or its end after a dot, fits; None: all but embeddings and heads.
 
     Raises:
@@ -104,9 +104,9 @@ def linear_layers(checkpoint: SafetensorsFile, targets: str | None = None) -> li
         name.removesuffix(".weight")
         for name in checkpoint
         if name.endswith(".weight")
-        and checkpoint.dtype(name) in _FLOATING
-        and len(checkpoint.shape(name)) == 2
-        and min(checkpoint.shape(name)) > 1
+        and checkpoint[name].dtype in _FLOATING
+        and len(checkpoint[name].shape) == 2
+        and min(checkpoint[name].shape) > 1
     ]
     try:
         pattern = re.compile(rf"(.*\.)?({targets})" if targets is not None else SKIPPED)
@@ -189,7 +189,7 @@ def compress_checkpoint(
             raise ValueError(f"the calibration knows none of the layers; it has '{next(iter(known))}', they are '{names[0]}'")
         names = have
         for name in names:  # sizes only: nothing is computed before everything fits
-            n = checkpoint.shape(f"{name}.weight")[0 if transposed and re.search(transposed, name) else 1]
+            n = checkpoint[f"{name}.weight"].shape[0 if transposed and re.search(transposed, name) else 1]
             if len(known[name].mean) != n:
                 raise ValueError(f"the calibration's layer '{name}' has {len(known[name].mean)} inputs, the checkpoint's {n}")
     turned = re.compile(transposed) if transposed else None
@@ -223,13 +223,12 @@ def compress_checkpoint(
         for layer, own in [*made.items(), *((None, [name]) for name in specs if name in kept)]:
             if pending.isdisjoint(own) and (layer is None or layer in rows.found):
                 continue
-            tensors = {own[0]: checkpoint[own[0]]} if layer is None else _make(config, *chosen[layer], rows)
+            tensors = {own[0]: checkpoint.tensor(own[0])} if layer is None else _make(config, *chosen[layer], rows)
             for name in pending.intersection(tensors):
                 writer.append(name, tensors[name])
                 done += specs[name].nbytes
             tell("layers", done, total)
             del tensors
-            checkpoint.close()  # what was mapped counts as this process's memory until it is let go
         report = _report(checkpoint, config, places, chosen, rows, specs, made, time.perf_counter() - begin)
         layers = {name: config.spec(place, choice) for name, (place, choice) in chosen.items()}
         with tempfile.TemporaryDirectory() as folder:
@@ -300,7 +299,6 @@ def _choose(
     for place, size in zip(places, sizes, strict=True):
         if place.name not in spectra.found:
             spectra.add(place.name, config.errors(place))
-            place.checkpoint.close()
         errors.append(torch.tensor(spectra.found[place.name], dtype=torch.float64))
         done += size
         tell("spectra", done, sum(sizes))
@@ -311,7 +309,7 @@ Chosen = Mapping[str, tuple[StoredPlace, int]]
 
 
 def _planned(
-    checkpoint: SafetensorsFile, config: CompressConfig, chosen: Chosen
+    checkpoint: Checkpoint, config: CompressConfig, chosen: Chosen
 ) -> tuple[dict[str, TensorSpec], dict[str, list[str]]]:
     """Every tensor of the output with its size, and the tensors of each layer that is made."""
     specs: dict[str, TensorSpec] = {}
@@ -319,7 +317,7 @@ def _planned(
     for name in checkpoint:
         layer, _, part = name.rpartition(".")
         if layer not in chosen or part not in ("weight", "bias"):
-            specs[name] = TensorSpec(checkpoint.dtype(name), checkpoint.shape(name))
+            specs[name] = TensorSpec(checkpoint[name].dtype, checkpoint[name].shape)
         elif part == "weight":
             place, choice = chosen[layer]
             for key, tensor in config.build(place.empty(), config.spec(place, choice)).state_dict().items():
@@ -335,7 +333,7 @@ def _make(config: CompressConfig, place: StoredPlace, choice: int, rows: _Rows) 
 
 
 def _report(
-    checkpoint: SafetensorsFile,
+    checkpoint: Checkpoint,
     config: CompressConfig,
     places: Sequence[StoredPlace],
     chosen: Chosen,
@@ -344,7 +342,7 @@ def _report(
     made: Mapping[str, Sequence[str]],
     seconds: float,
 ) -> CompressionReport:
-    old = {name: TensorSpec(checkpoint.dtype(name), checkpoint.shape(name)) for name in checkpoint}
+    old = {name: TensorSpec(checkpoint[name].dtype, checkpoint[name].shape) for name in checkpoint}
 
     def count(shapes: Mapping[str, TensorSpec], names: Sequence[str]) -> tuple[int, int]:
         return (sum(math.prod(shapes[n].shape) for n in names), sum(shapes[n].nbytes for n in names))
