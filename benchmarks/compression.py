@@ -82,7 +82,7 @@ def masked(batch: dict[str, Tensor], token: int, special: set[int]) -> dict[str,
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compression", description=__doc__.partition("\n")[0])
-    parser.add_argument("--texts", type=int, default=480, help="docstrings of 12 modules, half of them to calibrate on")
+    parser.add_argument("--texts", type=int, default=288, help="docstrings of 12 modules, half of them to calibrate on")
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS), help="shares of the matrices' bytes to keep")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -39,7 +39,7 @@ def allocate_ranks(
     dense it costs :math:`d_l` and errs by nothing, so a rank at or above :math:`d_l / c_l` is never taken. For every price μ of a unit
     of budget the choice
 
-    .. math:: r_l(\mu) = \arg\min_r\; e_l(r) + \mu\, c_l r
+    .. math:: \min_r\; e_l(r) + \mu\, c_l r
 
     is that of the least total error among all that cost no more (Lagrangian duality). Those choices are the corners of each layer's
     lower convex hull of (cost, error), and are walked here from cheap to dear by the largest fall of error a unit of cost. Where the
