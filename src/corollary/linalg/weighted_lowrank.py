@@ -124,12 +124,14 @@ def weighted_low_rank(
             raise ValueError(f"'mean' must be floating of shape ({n},), not {mean.dtype} of {tuple(mean.shape)}")
         centre = work @ mean.detach().to(work)
         gram = gram - torch.outer(centre, centre)
-    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    del work, weighted  # what is not needed any more makes room: the decomposition takes three matrices of its own
+    values, vectors = torch.linalg.eigh(gram)  # reads one triangle alone, so rounding's asymmetry does not count
+    del gram
     energy, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     if turned is not None:
         vectors = turned @ vectors
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    vectors = vectors * torch.where(largest < 0, -1.0, 1.0).to(vectors)  # a decomposition leaves the sign open
+    vectors.mul_(torch.where(largest < 0, -1.0, 1.0).to(vectors))  # a decomposition leaves the sign open
     if lower is None:
         return LowRankSolution(energy, matrix.detach(), vectors, vectors)
     if lower.ndim == 1:
