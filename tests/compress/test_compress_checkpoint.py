@@ -132,6 +132,35 @@ def test_what_was_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert not set(calls[:14]) & set(calls[first:]) or len(calls) - first < 14
 
 
+def test_a_line_cut_off_in_the_journal_loses_no_later_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, path, _ = model_on_disk(tmp_path)
+    config = SVD(ratio=0.5, allocation="global")
+
+    def stop_after(count: int):
+        def stop(what: str, done: int, total: int) -> None:
+            nonlocal count
+            count -= 1
+            if not count:
+                raise Interrupted
+
+        return stop
+
+    journal = tmp_path / ".small.spectra"
+    for count in (3, 6):
+        with pytest.raises(Interrupted):
+            compress_checkpoint(path, config, tmp_path / "small", progress=stop_after(count))
+        with journal.open("a") as file:
+            file.write('{"layer": "blocks.')
+    calls = []
+    solve = SVD._solve
+    monkeypatch.setattr(SVD, "_solve", lambda self, place: calls.append(place.name) or solve(self, place))
+    with pytest.raises(Interrupted):
+        compress_checkpoint(path, config, tmp_path / "small", progress=stop_after(7))
+    assert len(calls) == 1
+    compress_checkpoint(path, config, tmp_path / "small")
+    assert not journal.exists()
+
+
 def test_shards_and_other_files(tmp_path: Path) -> None:
     model, path, _ = model_on_disk(tmp_path)
     source = tmp_path / "source"
@@ -218,11 +247,13 @@ def test_refusals(tmp_path: Path) -> None:
         (lambda: compress_checkpoint(path, LoRD(rank=2), tmp_path / "small"), ValueError, "calibration"),
         (lambda: compress_checkpoint(path, LoRD(rank=2), tmp_path / "small", "head", calibration=seen), ValueError, "none of"),
         (lambda: compress_checkpoint(path, SVD(rank=99), tmp_path / "small"), ValueError, "99"),
+        (lambda: compress_checkpoint(path, SVD(rank=2), tmp_path / "small", transposed="("), ValueError, "valid pattern"),
+        (lambda: compress_checkpoint(path, SVD(ratio=0.001), tmp_path / "small"), ValueError, "0.001"),
         (lambda: compress_checkpoint(path, SVD(rank=2), tmp_path / "no" / "small"), WriteError, "no such folder"),
     ):
         with pytest.raises(error, match=words):
             call()
-        assert not (tmp_path / "small").exists()
+        assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "moments.safetensors"}
     weights = load_file(path)
     weights["blocks.0.attn.q_proj.weight"][0, 0] = torch.nan
     save_file(weights, tmp_path / "nan.safetensors")

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from corollary import __version__
 from corollary.adapt.site import Site
 from corollary.compress.base import CompressConfig, Place, Step
-from corollary.compress.calibration import Calibration, Moments
+from corollary.compress.calibration import Calibration, Moments, StoredCalibration
 from corollary.compress.lowrank import LowRank
 from corollary.compress.report import CompressionReport, LayerReport
 from corollary.compress.state import MANIFEST, manifest_of
@@ -174,8 +174,14 @@ def compress_checkpoint(
     for file in checkpoint.files:
         if out.resolve() in (file.resolve(), file.resolve().parent):
             raise WriteError(f"{out}: holds '{file.name}', which is being compressed; give another place")
-    if out.suffix == ".safetensors":
-        raise WriteError(f"{out}: a compressed model is a folder, with its manifest; give a name without suffix")
+    if out.suffix == ".safetensors" or out.is_file():
+        raise WriteError(f"{out}: a compressed model is a folder, with its manifest; give a new name without suffix")
+    if out.is_dir() and any(out.iterdir()):  # the writer would say so too, but after hours of work on spectra
+        raise WriteError(f"{out}: the folder is not empty (it holds '{next(out.iterdir()).name}'); give a new one")
+    try:
+        turned = re.compile(transposed) if transposed else None
+    except re.error as error:
+        raise ValueError(f"'transposed' is {transposed!r}, which is no valid pattern: {error}") from error
     if config.calibrated and calibration is None:
         raise ValueError(
             f"{type(config).__name__} looks at activations: give a calibration, a file that "
@@ -189,10 +195,12 @@ def compress_checkpoint(
             raise ValueError(f"the calibration knows none of the layers; it has '{next(iter(known))}', they are '{names[0]}'")
         names = have
         for name in names:  # sizes only: nothing is computed before everything fits
-            n = checkpoint[f"{name}.weight"].shape[0 if transposed and re.search(transposed, name) else 1]
-            if len(known[name].mean) != n:
-                raise ValueError(f"the calibration's layer '{name}' has {len(known[name].mean)} inputs, the checkpoint's {n}")
-    turned = re.compile(transposed) if transposed else None
+            wanted, held = (
+                checkpoint[f"{name}.weight"].shape[0 if turned and turned.search(name) else 1],
+                _inputs_of(known, name),
+            )
+            if held != wanted:
+                raise ValueError(f"the calibration's layer '{name}' has {held} inputs, the checkpoint's {wanted}")
     places = [StoredPlace(name, checkpoint, known, bool(turned and turned.search(name))) for name in names]
     stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in checkpoint.files]
     seen = getattr(calibration, "path", None)
@@ -201,7 +209,8 @@ def compress_checkpoint(
     identity = json.dumps([__version__, stamps, stamp, settings], default=str)
     tell = progress or (lambda what, done, total: None)
     spectra = out.parent / f".{out.name}.spectra"
-    choices = _choose(config, places, _Spectra(spectra, identity, fresh), tell)
+    with _Spectra(spectra, identity, fresh) as found:
+        choices = _choose(config, places, found, tell)
 
     chosen = {place.name: (place, choice) for place, choice in zip(places, choices, strict=True) if choice is not None}
     specs, made = _planned(checkpoint, config, chosen)
@@ -213,7 +222,6 @@ def compress_checkpoint(
         identity=identity + json.dumps(choices),
         fresh=fresh,
     )
-    rows = _Rows(spectra)
     with writer:
         total, done = sum(spec.nbytes for spec in specs.values()), 0
         pending = set(writer.pending)
@@ -221,15 +229,15 @@ def compress_checkpoint(
         tell("layers", done, total)
         kept = set(specs).difference(*made.values())
         for layer, own in [*made.items(), *((None, [name]) for name in specs if name in kept)]:
-            if pending.isdisjoint(own) and (layer is None or layer in rows.found):
+            if pending.isdisjoint(own) and (layer is None or layer in found.errors):
                 continue
-            tensors = {own[0]: checkpoint.tensor(own[0])} if layer is None else _make(config, *chosen[layer], rows)
+            tensors = {own[0]: checkpoint.tensor(own[0])} if layer is None else _make(config, *chosen[layer], found)
             for name in pending.intersection(tensors):
                 writer.append(name, tensors[name])
                 done += specs[name].nbytes
             tell("layers", done, total)
             del tensors
-        report = _report(checkpoint, config, places, chosen, rows, specs, made, time.perf_counter() - begin)
+        report = _report(checkpoint, config, places, chosen, found.errors, specs, made, time.perf_counter() - begin)
         layers = {name: config.spec(place, choice) for name, (place, choice) in chosen.items()}
         with tempfile.TemporaryDirectory() as folder:
             manifest = Path(folder) / MANIFEST
@@ -242,51 +250,66 @@ def compress_checkpoint(
 
 
 class _Spectra:
-    """What each layer errs by at every rank, kept line by line, so that an interrupted search goes on."""
+    """What each layer errs by at every rank, and by what it errs in the end, kept line by line: interrupted work goes on from it."""
 
     def __init__(self, path: Path, identity: str, fresh: bool) -> None:
-        self.path, self.found = path, cast("dict[str, list[float]]", {})
+        self.path = path
+        self.spectra: dict[str, list[float]] = {}
+        self.errors: dict[str, float | None] = {}
         if not path.parent.is_dir():
             raise WriteError(f"{path.parent}: there is no such folder")
-        if path.is_file() and not fresh:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            if lines and lines[0] == json.dumps(identity):
-                for line in lines[1:]:
-                    try:
-                        row = json.loads(line)
-                    except json.JSONDecodeError:
-                        break  # the line that was being written
-                    if "errors" in row:
-                        self.found[row["layer"]] = row["errors"]
-                    # rows of layers that are done stay in the file for the report
-                return
-        path.write_text(json.dumps(identity) + "\n", encoding="utf-8")
+        rows = [] if fresh or not path.is_file() else _rows(path)
+        kept = rows[1:] if rows[:1] == [{"identity": identity}] else []
+        for row in kept:
+            if "spectrum" in row:
+                self.spectra[row["layer"]] = row["spectrum"]
+            else:
+                self.errors[row["layer"]] = row["error"]
+        # Written anew: a line that was cut off would swallow the one behind it.
+        text = "".join(json.dumps(row) + "\n" for row in [{"identity": identity}, *kept])
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise WriteError(f"{path.parent}: cannot be written to: {error.strerror}") from error
 
-    def add(self, layer: str, errors: Tensor) -> None:
-        """Keep one layer's errors."""
-        self.found[layer] = errors.tolist()
+    def _add(self, row: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"layer": layer, "errors": self.found[layer]}) + "\n")
+            file.write(json.dumps(row) + "\n")
+
+    def add_spectrum(self, layer: str, errors: Tensor) -> None:
+        """Keep one layer's errors at every rank."""
+        self.spectra[layer] = errors.tolist()
+        self._add({"layer": layer, "spectrum": self.spectra[layer]})
+
+    def add_error(self, layer: str, error: float | None) -> None:
+        """Keep what one finished layer errs by."""
+        self.errors[layer] = error
+        self._add({"layer": layer, "error": error})
+
+    def __enter__(self) -> _Spectra:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None and not self.spectra and not self.errors:  # nothing to go on from
+            self.path.unlink(missing_ok=True)
 
 
-class _Rows:
-    """The error of each finished layer, kept beside the spectra for the report of work that was interrupted."""
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a journal, up to the one that was being written."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.found: dict[str, float | None] = {}
-        for line in path.read_text(encoding="utf-8").splitlines()[1:]:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if "error" in row:
-                self.found[row["layer"]] = row["error"]
 
-    def add(self, layer: str, error: float | None) -> None:
-        self.found[layer] = error
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"layer": layer, "error": error}) + "\n")
+def _inputs_of(calibration: Mapping[str, Moments], name: str) -> int:
+    """Inputs of a layer of the calibration; of a stored one without reading its moments."""
+    if isinstance(calibration, StoredCalibration):
+        return int(calibration._file.get_slice(f"{name}.mean").get_shape()[0])
+    return len(calibration[name].mean)
 
 
 def _choose(
@@ -297,9 +320,9 @@ def _choose(
     sizes = [place.site.out_features * place.site.in_features * place.itemsize for place in places]
     done, errors = 0, []
     for place, size in zip(places, sizes, strict=True):
-        if place.name not in spectra.found:
-            spectra.add(place.name, config.errors(place))
-        errors.append(torch.tensor(spectra.found[place.name], dtype=torch.float64))
+        if place.name not in spectra.spectra:
+            spectra.add_spectrum(place.name, config.errors(place))
+        errors.append(torch.tensor(spectra.spectra[place.name], dtype=torch.float64))
         done += size
         tell("spectra", done, sum(sizes))
     return config.allocate(places, errors)
@@ -326,9 +349,9 @@ def _planned(
     return specs, made
 
 
-def _make(config: CompressConfig, place: StoredPlace, choice: int, rows: _Rows) -> dict[str, Tensor]:
+def _make(config: CompressConfig, place: StoredPlace, choice: int, found: _Spectra) -> dict[str, Tensor]:
     new = config.replace(place, choice)
-    rows.add(place.name, new.error)
+    found.add_error(place.name, new.error)
     return {f"{place.name}.{key}": tensor for key, tensor in new.module.state_dict().items()}
 
 
@@ -337,7 +360,7 @@ def _report(
     config: CompressConfig,
     places: Sequence[StoredPlace],
     chosen: Chosen,
-    rows: _Rows,
+    errors: Mapping[str, float | None],
     specs: Mapping[str, TensorSpec],
     made: Mapping[str, Sequence[str]],
     seconds: float,
@@ -368,7 +391,7 @@ def _report(
                 bytes_before=before[1],
                 macs=m * n if choice is None else dense + choice * (m + n),
                 macs_before=m * n,
-                error=0.0 if choice is None else rows.found.get(place.name),
+                error=0.0 if choice is None else errors.get(place.name),
             )
         )
     total, total_before = count(specs, list(specs)), count(old, list(old))
