@@ -40,7 +40,7 @@ class LoRD(LowRank):
         torch.Size([8, 16, 256])
 
     Source: Kaushal, Vaidhya and Rish, "LORD: Low Rank Decomposition Of Monolingual Code LLMs For One-Shot Compression",
-    arXiv 2309.14021, section 3.
+    arXiv 2309.14021, by the decomposition of Yu and Wu, AAAI 2023, see `FeaturePCA`.
     """
 
     metric: str = "inputs"

@@ -263,7 +263,7 @@ class FeaturePCA(LowRank):
         >>> torch.allclose(small(x), layer(x), atol=1e-3)
         True
 
-    Source: Yu and Wu, "Compressing Transformers: Features Are Low-Rank, but Weights Are Not!", AAAI 2023, section 3.
+    Source: Yu and Wu, "Compressing Transformers: Features Are Low-Rank, but Weights Are Not!", AAAI 2023.
     """
 
     metric: str = "inputs"

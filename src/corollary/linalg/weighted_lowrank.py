@@ -97,7 +97,7 @@ def weighted_low_rank(
         [[0.0, 0.0], [0.0, 1.0]]
 
     Sources: Eckart and Young (1936) for the plain case; Yu and Wu, "Compressing Transformers: Features Are Low-Rank, but Weights Are
-    Not!", AAAI 2023, equations 3 to 6, for the projection onto output features; Liu et al., "EoRA", arXiv 2410.21271, section 3.
+    Not!", AAAI 2023, for the projection onto output features; Liu et al., "EoRA", arXiv 2410.21271, for that of an error.
     """
     m, n = _check_matrix(matrix)
     if damping < 0:

@@ -51,7 +51,7 @@ def quantize_oracle(
 
 
 def eora_oracle(weight: np.ndarray, bias: np.ndarray | None, x: np.ndarray, settings: EoRA, rank: int | None) -> np.ndarray:
-    """The paper's Algorithm 1 with its inverse, in numpy."""
+    """The authors' steps with their inverse, in numpy."""
     assert settings.bits is not None
     rounded = nearest_oracle(weight, settings.bits, min(settings.group_size, weight.shape[1]))
     delta = (weight - rounded) @ (q := eigenspace(x.T @ x / len(x)))
