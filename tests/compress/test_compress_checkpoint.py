@@ -26,6 +26,7 @@ from corollary.compress import (
     load_calibration,
 )
 from corollary.data import LoadError, WriteError, load_safetensors
+from corollary.data import LoadError, WriteError, open_checkpoint
 from corollary.memory import peak_bytes
 from corollary.models import GPT
 
@@ -45,6 +46,7 @@ def model_on_disk(folder: Path) -> tuple[GPT, Path, Path]:
     "config",
     [
         SVD(ratio=0.6), LoRD(ratio=0.6), LoRD(rank=5, centered=False), EoRA(rank=3, sparsity="2:4", group_size=8),
+        SVD(ratio=0.6), LoRD(ratio=0.6, allocation="global"), LoRD(rank=5, centered=False), EoRA(rank=3, sparsity="2:4", group_size=8),
         EoRA(ratio=0.5, group_size=16), Quantize(bits=8), Quantize(method="gptq"),
     ],
     ids=lambda c: f"{type(c).__name__}-{c.rank if hasattr(c, 'rank') else c.bits}",
@@ -83,6 +85,7 @@ def test_resumed_to_the_bit(tmp_path: Path, after: int) -> None:
     _, path, moments = model_on_disk(tmp_path)
     seen = load_calibration(moments)
     compress_checkpoint(path, LoRD(ratio=0.5), tmp_path / "whole", TARGETS, calibration=seen)
+    compress_checkpoint(path, LoRD(ratio=0.5, allocation="global"), tmp_path / "whole", TARGETS, calibration=seen)
     count = 0
 
     def stop(what: str, done: int, total: int) -> None:
@@ -97,6 +100,18 @@ def test_resumed_to_the_bit(tmp_path: Path, after: int) -> None:
     steps: list[str] = []
     report = compress_checkpoint(
         path, LoRD(ratio=0.5), tmp_path / "part", TARGETS, calibration=seen, progress=lambda what, *_: steps.append(what)
+        compress_checkpoint(
+            path, LoRD(ratio=0.5, allocation="global"), tmp_path / "part", TARGETS, calibration=seen, progress=stop
+        )
+    assert not (tmp_path / "part").exists()
+    steps: list[str] = []
+    report = compress_checkpoint(
+        path,
+        LoRD(ratio=0.5, allocation="global"),
+        tmp_path / "part",
+        TARGETS,
+        calibration=seen,
+        progress=lambda what, *_: steps.append(what),
     )
     for file in ("model.safetensors",):
         assert (tmp_path / "part" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
@@ -123,6 +138,41 @@ def test_what_was_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Mon
     compress_checkpoint(path, SVD(ratio=0.5), tmp_path / "small")
     assert first + len(calls[first:]) <= 2 * 14 + 1
     assert not set(calls[:14]) & set(calls[first:]) or len(calls) - first < 14
+        compress_checkpoint(path, SVD(ratio=0.5, allocation="global"), tmp_path / "small", progress=stop)
+    first = len(calls)
+    compress_checkpoint(path, SVD(ratio=0.5, allocation="global"), tmp_path / "small")
+    # 14 spectra and 14 layers in all, and at most one layer twice: the one that was interrupted.
+    assert first > 14
+    assert 28 <= len(calls) <= 29
+
+
+def test_a_line_cut_off_in_the_journal_loses_no_later_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, path, _ = model_on_disk(tmp_path)
+    config = SVD(ratio=0.5, allocation="global")
+
+    def stop_after(count: int):
+        def stop(what: str, done: int, total: int) -> None:
+            nonlocal count
+            count -= 1
+            if not count:
+                raise Interrupted
+
+        return stop
+
+    journal = tmp_path / ".small.spectra"
+    for count in (3, 6):
+        with pytest.raises(Interrupted):
+            compress_checkpoint(path, config, tmp_path / "small", progress=stop_after(count))
+        with journal.open("a") as file:
+            file.write('{"layer": "blocks.')
+    calls = []
+    solve = SVD._solve
+    monkeypatch.setattr(SVD, "_solve", lambda self, place: calls.append(place.name) or solve(self, place))
+    with pytest.raises(Interrupted):
+        compress_checkpoint(path, config, tmp_path / "small", progress=stop_after(7))
+    assert len(calls) == 1
+    compress_checkpoint(path, config, tmp_path / "small")
+    assert not journal.exists()
 
 
 def test_shards_and_other_files(tmp_path: Path) -> None:
@@ -193,6 +243,7 @@ def test_chosen_layers(tmp_path: Path) -> None:
     }  # fmt: skip
     save_file(tensors, path)
     checkpoint = load_safetensors(path)
+    checkpoint = open_checkpoint(path)
     assert linear_layers(checkpoint) == ["h.0.fc"]
     assert linear_layers(checkpoint, "fc|lm_head") == ["h.0.fc", "lm_head"]
     with pytest.raises(ValueError, match="no linear layer"):
@@ -211,11 +262,14 @@ def test_refusals(tmp_path: Path) -> None:
         (lambda: compress_checkpoint(path, LoRD(rank=2), tmp_path / "small"), ValueError, "calibration"),
         (lambda: compress_checkpoint(path, LoRD(rank=2), tmp_path / "small", "head", calibration=seen), ValueError, "none of"),
         (lambda: compress_checkpoint(path, SVD(rank=99), tmp_path / "small"), ValueError, "99"),
+        (lambda: compress_checkpoint(path, SVD(rank=2), tmp_path / "small", transposed="("), ValueError, "valid pattern"),
+        (lambda: compress_checkpoint(path, SVD(ratio=0.001), tmp_path / "small"), ValueError, "0.001"),
         (lambda: compress_checkpoint(path, SVD(rank=2), tmp_path / "no" / "small"), WriteError, "no such folder"),
     ):
         with pytest.raises(error, match=words):
             call()
         assert not (tmp_path / "small").exists()
+        assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "moments.safetensors"}
     weights = load_file(path)
     weights["blocks.0.attn.q_proj.weight"][0, 0] = torch.nan
     save_file(weights, tmp_path / "nan.safetensors")

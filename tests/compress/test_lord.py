@@ -187,3 +187,11 @@ def test_perplexity_is_that_of_the_original_at_full_rank() -> None:
     x = torch.randint(32, (4, 8), generator=torch.Generator().manual_seed(0))
     small = compress(model, LoRD(rank=16), r"blocks\..*_proj", calibration=[x])
     assert (small(x) - model(x)).abs().max().item() < 1e-9
+
+
+def test_report_counts_shared_weights_once() -> None:
+    model = GPT(64, dim=16, depth=1, heads=2, context=8, tied=True)
+    small = compress(model, SVD(rank=2), r"blocks\..*_proj")
+    report = compression_report(small)
+    assert report.parameters_before == sum(p.numel() for p in model.parameters())
+    assert report.parameters == sum(p.numel() for p in small.parameters())

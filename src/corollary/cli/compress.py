@@ -22,6 +22,7 @@ from corollary.compress import (
     EoRA,
     FeaturePCA,
     LoRD,
+    LowRank,
     Quantize,
     compress_checkpoint,
     load_calibration,
@@ -39,6 +40,12 @@ _PACKED = ("bits", "group_size", "sparsity")
 METHODS: dict[str, tuple[Maker, tuple[str, ...]]] = {
     "svd": (_low_rank(SVD), ("ratio", "rank", "allocation", "multiple_of")),
     "lord": (_low_rank(LoRD), ("ratio", "rank", "allocation", "multiple_of")),
+    "two-sided": (
+        lambda given: LowRank(
+            **{"ratio": None if "rank" in given else 0.7, "metric": "both", "centered": True, "damping": 1e-4, **given}
+        ),
+        ("ratio", "rank", "allocation", "multiple_of"),
+    ),
     "feature-pca": (_low_rank(FeaturePCA), ("ratio", "rank", "allocation", "multiple_of")),
     "eora": (lambda given: EoRA(**given), ("ratio", "rank", *_PACKED)),
     "quantize": (lambda given: Quantize(**given), _PACKED),

@@ -202,6 +202,7 @@ def compress(
     checkpoint: Annotated[Path, typer.Argument(help="A .safetensors file, a shard index, or a folder with either.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder; corollary.compress.load reads it.")],
     method: Annotated[str, typer.Option(help="svd, lord, feature-pca, eora, quantize or gptq.")] = "svd",
+    method: Annotated[str, typer.Option(help="svd, lord, two-sided, feature-pca, eora, quantize or gptq.")] = "svd",
     ratio: Annotated[
         float | None,
         typer.Option(
@@ -221,6 +222,9 @@ def compress(
         str | None, typer.Option(metavar="REGEX", help="Layers that store in × out, as GPT-2's c_attn, c_proj and c_fc do.")
     ] = None,
     allocation: Annotated[str | None, typer.Option(help="Ranks by one budget, global, or uniform.")] = None,
+    allocation: Annotated[
+        str | None, typer.Option(help="Ranks by one budget, global, or uniform [default: global for two-sided].")
+    ] = None,
     multiple_of: Annotated[int | None, typer.Option(help="Ranks are multiples of this.", min=1)] = None,
     bits: Annotated[int | None, typer.Option(help="quantize, gptq, eora: 4 [default], 8, or 16 for none.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Entries of a row that share a step [default: 64].", min=1)] = None,

@@ -101,6 +101,11 @@ class CompressConfig(ABC):
         _CONFIGS[cls.__name__] = cls
 
     @property
+    def searches(self) -> bool:
+        """Whether `choose` looks at the moments of all layers before the first one is replaced."""
+        return False
+
+    @property
     def calibrated(self) -> bool:
         """Whether these settings need moments of the layers' inputs."""
         return self.needs_calibration
@@ -171,6 +176,15 @@ def _numbers(module: nn.Module) -> int:
     count = getattr(module, "number_of_parameters", None)
     own = count() if callable(count) else sum(p.numel() for p in module._parameters.values() if p is not None)
     return own + sum(_numbers(child) for child in module.children())
+    """Parameters, shared ones counted once; codes of packed weights count too."""
+    found: dict[int, int] = {}
+    for part in module.modules():
+        count = getattr(part, "number_of_parameters", None)
+        if callable(count):
+            found[id(part)] = count()
+        else:
+            found.update({id(p): p.numel() for p in part._parameters.values() if p is not None})
+    return sum(found.values())
 
 
 @torch.no_grad()
@@ -229,6 +243,7 @@ def compress(
         model = copy.deepcopy(model)
     moments: Mapping[str, Moments] = {}
     if config.calibrated and not (sequential and not config_needs_all(config)):
+    if config.calibrated and not (sequential and not config.searches):
         moments = calibrate(model, data, _exactly(names)) if data is not None else cast(Calibration, calibration)
     for name in names if moments else ():
         if name not in moments:

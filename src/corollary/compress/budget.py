@@ -40,6 +40,7 @@ def allocate_ranks(
     of budget the choice
 
     .. math:: r_l(\mu) = \arg\min_r\; e_l(r) + \mu\, c_l r
+    .. math:: \min_r\; e_l(r) + \mu\, c_l r
 
     is that of the least total error among all that cost no more (Lagrangian duality). Those choices are the corners of each layer's
     lower convex hull of (cost, error), and are walked here from cheap to dear by the largest fall of error a unit of cost. Where the
@@ -143,6 +144,10 @@ def uniform_ranks(costs: Sequence[float], dense: Sequence[float], ratio: float, 
         costs, dense: as in `allocate_ranks`.
         ratio: the share of each layer's dense cost to keep, in (0, 1]; 1 leaves a layer dense.
         multiple_of: ranks are rounded down to a multiple of this, but not to 0.
+        multiple_of: ranks are rounded down to a multiple of this.
+
+    Raises:
+        ValueError: where the least rank costs more than its layer may.
 
     Example:
         >>> uniform_ranks([20, 20], [100, 100], 0.5).ranks
@@ -150,6 +155,13 @@ def uniform_ranks(costs: Sequence[float], dense: Sequence[float], ratio: float, 
     """
     ranks = [
         None if ratio >= 1 else max(multiple_of, int(ratio * d / c * (1 + 1e-12)) // multiple_of * multiple_of)
+    for c, d in zip(costs, dense, strict=True):
+        if ratio < 1 and c * multiple_of > ratio * d * (1 + 1e-12):
+            raise ValueError(
+                f"'ratio' {ratio} of a layer's {d:g} is {ratio * d:g}, and rank {multiple_of} costs {c * multiple_of:g}"
+            )
+    ranks = [
+        None if ratio >= 1 else int(ratio * d / c * (1 + 1e-12)) // multiple_of * multiple_of
         for c, d in zip(costs, dense, strict=True)
     ]
     cost = sum(d if r is None else c * r for r, c, d in zip(ranks, costs, dense, strict=True))

@@ -105,6 +105,8 @@ class StoredCalibration(Calibration):
             self._file = safe_open(str(path), framework="pt")
             metadata = self._file.metadata() or {}
             keys = set(self._file.keys())
+            opened: Any = safe_open(str(path), framework="pt")
+            metadata, keys = opened.metadata() or {}, set(opened.keys())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"'path': '{path}' is not a valid safetensors file: {error}") from error
         if metadata.get("format") != _FORMAT:
@@ -118,6 +120,7 @@ class StoredCalibration(Calibration):
                 if f"{name}.{part}" not in keys:
                     raise ValueError(f"'path': '{path}' counts layer '{name}' and has no tensor '{name}.{part}'")
         self._counts, self._keys = counts, keys
+        self._file, self._counts, self._keys = opened, counts, keys
 
     def __getitem__(self, name: str) -> Moments:
         if name not in self._counts:
@@ -211,6 +214,7 @@ def _watching(layers: Mapping[str, nn.Module], seen: Mapping[str, _Accumulator],
             seen[name].see(first_tensor(args, kwargs), state["mask"])
             if state["loss"] and out.requires_grad:
                 out.register_hook(lambda g: seen[name].see_gradient(g, state["mask"]))
+                out.register_hook(lambda g: seen[name].see_gradient(g, state["mask"]))  # type: ignore[no-untyped-call]
 
         return call
 
@@ -315,3 +319,4 @@ def _one_pass(
     if not batches:
         raise ValueError("'data' is empty")
     return {name: cast(_Accumulator, seen[name]).moments(name) for name in layers}
+    return {name: seen[name].moments(name) for name in layers}

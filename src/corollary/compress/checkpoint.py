@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,12 @@ from corollary.compress.lowrank import LowRank
 from corollary.compress.report import CompressionReport, LayerReport
 from corollary.compress.state import MANIFEST, manifest_of
 from corollary.data import CheckpointWriter, SafetensorsFile, TensorSpec, WriteError, load_safetensors
+from corollary.compress.base import CompressConfig, Place, Step
+from corollary.compress.calibration import Calibration, Moments, StoredCalibration
+from corollary.compress.lowrank import LowRank
+from corollary.compress.report import CompressionReport, LayerReport
+from corollary.compress.state import MANIFEST, manifest_of
+from corollary.data import Checkpoint, CheckpointWriter, TensorSpec, WriteError, open_checkpoint
 
 _FLOATING = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 SKIPPED = r"embed|(^|\.)(wte|wpe|shared|lm_head|head)$"
@@ -37,6 +44,7 @@ class _Stored(nn.Linear):
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
 
 class StoredPlace(Place):
@@ -44,6 +52,8 @@ class StoredPlace(Place):
 
     def __init__(self, name: str, checkpoint: SafetensorsFile, calibration: Mapping[str, Moments], transposed: bool) -> None:
         rows, columns = checkpoint.shape(f"{name}.weight")
+    def __init__(self, name: str, checkpoint: Checkpoint, calibration: Mapping[str, Moments], transposed: bool) -> None:
+        rows, columns = checkpoint[f"{name}.weight"].shape
         shape = (columns, rows) if transposed else (rows, columns)
         for key, value in {
             "name": name, "site": Site("linear", shape), "memo": None, "checkpoint": checkpoint, "calibration": calibration,
@@ -52,6 +62,7 @@ class StoredPlace(Place):
             object.__setattr__(self, key, value)
 
     checkpoint: SafetensorsFile
+    checkpoint: Checkpoint
     calibration: Mapping[str, Moments]
     transposed: bool
 
@@ -64,6 +75,14 @@ class StoredPlace(Place):
 
     @property
     def moments(self) -> Moments | None:  # type: ignore[override]
+    def layer(self) -> nn.Module:
+        """The layer, read from disk."""
+        weight = self.checkpoint.tensor(f"{self.name}.weight")
+        bias = self.checkpoint.tensor(f"{self.name}.bias") if self.has_bias else None
+        return _Stored(weight.T if self.transposed else weight, bias)
+
+    @property
+    def moments(self) -> Moments | None:
         """Its moments, read from disk."""
         return self.calibration.get(self.name) if self.calibration else None
 
@@ -71,6 +90,7 @@ class StoredPlace(Place):
     def dtype(self) -> torch.dtype:
         """Of the stored weight, from the header."""
         return _FLOATING[self.checkpoint.dtype(f"{self.name}.weight")]
+        return _FLOATING[self.checkpoint[f"{self.name}.weight"].dtype]
 
     @property
     def itemsize(self) -> int:
@@ -95,6 +115,16 @@ def linear_layers(checkpoint: SafetensorsFile, targets: str | None = None) -> li
 
     Args:
         checkpoint: as `corollary.data.load_safetensors` gives it.
+def _reader(path: str | Path) -> Checkpoint:
+    """The one place that opens a checkpoint."""
+    return open_checkpoint(path)
+
+
+def linear_layers(checkpoint: Checkpoint, targets: str | None = None) -> list[str]:
+    """Names of the layers whose ``<name>.weight`` is a floating matrix, in the order of names.
+
+    Args:
+        checkpoint: as `corollary.data.open_checkpoint` gives it.
         targets: regular expression that the layer's whole name, or its end after a dot, fits; None: all but embeddings and heads.
 
     Raises:
@@ -107,6 +137,9 @@ def linear_layers(checkpoint: SafetensorsFile, targets: str | None = None) -> li
         and checkpoint.dtype(name) in _FLOATING
         and len(checkpoint.shape(name)) == 2
         and min(checkpoint.shape(name)) > 1
+        and checkpoint[name].dtype in _FLOATING
+        and len(checkpoint[name].shape) == 2
+        and min(checkpoint[name].shape) > 1
     ]
     try:
         pattern = re.compile(rf"(.*\.)?({targets})" if targets is not None else SKIPPED)
@@ -176,6 +209,14 @@ def compress_checkpoint(
             raise WriteError(f"{out}: holds '{file.name}', which is being compressed; give another place")
     if out.suffix == ".safetensors":
         raise WriteError(f"{out}: a compressed model is a folder, with its manifest; give a name without suffix")
+    if out.suffix == ".safetensors" or out.is_file():
+        raise WriteError(f"{out}: a compressed model is a folder, with its manifest; give a new name without suffix")
+    if out.is_dir() and any(out.iterdir()):  # the writer would say so too, but after hours of work on spectra
+        raise WriteError(f"{out}: the folder is not empty (it holds '{next(out.iterdir()).name}'); give a new one")
+    try:
+        turned = re.compile(transposed) if transposed else None
+    except re.error as error:
+        raise ValueError(f"'transposed' is {transposed!r}, which is no valid pattern: {error}") from error
     if config.calibrated and calibration is None:
         raise ValueError(
             f"{type(config).__name__} looks at activations: give a calibration, a file that "
@@ -193,6 +234,12 @@ def compress_checkpoint(
             if len(known[name].mean) != n:
                 raise ValueError(f"the calibration's layer '{name}' has {len(known[name].mean)} inputs, the checkpoint's {n}")
     turned = re.compile(transposed) if transposed else None
+            wanted, held = (
+                checkpoint[f"{name}.weight"].shape[0 if turned and turned.search(name) else 1],
+                _inputs_of(known, name),
+            )
+            if held != wanted:
+                raise ValueError(f"the calibration's layer '{name}' has {held} inputs, the checkpoint's {wanted}")
     places = [StoredPlace(name, checkpoint, known, bool(turned and turned.search(name))) for name in names]
     stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in checkpoint.files]
     seen = getattr(calibration, "path", None)
@@ -202,6 +249,8 @@ def compress_checkpoint(
     tell = progress or (lambda what, done, total: None)
     spectra = out.parent / f".{out.name}.spectra"
     choices = _choose(config, places, _Spectra(spectra, identity, fresh), tell)
+    with _Spectra(spectra, identity, fresh) as found:
+        choices = _choose(config, places, found, tell)
 
     chosen = {place.name: (place, choice) for place, choice in zip(places, choices, strict=True) if choice is not None}
     specs, made = _planned(checkpoint, config, chosen)
@@ -224,6 +273,9 @@ def compress_checkpoint(
             if pending.isdisjoint(own) and (layer is None or layer in rows.found):
                 continue
             tensors = {own[0]: checkpoint[own[0]]} if layer is None else _make(config, *chosen[layer], rows)
+            if pending.isdisjoint(own) and (layer is None or layer in found.errors):
+                continue
+            tensors = {own[0]: checkpoint.tensor(own[0])} if layer is None else _make(config, *chosen[layer], found)
             for name in pending.intersection(tensors):
                 writer.append(name, tensors[name])
                 done += specs[name].nbytes
@@ -231,6 +283,7 @@ def compress_checkpoint(
             del tensors
             checkpoint.close()  # what was mapped counts as this process's memory until it is let go
         report = _report(checkpoint, config, places, chosen, rows, specs, made, time.perf_counter() - begin)
+        report = _report(checkpoint, config, places, chosen, found.errors, specs, made, time.perf_counter() - begin)
         layers = {name: config.spec(place, choice) for name, (place, choice) in chosen.items()}
         with tempfile.TemporaryDirectory() as folder:
             manifest = Path(folder) / MANIFEST
@@ -288,12 +341,73 @@ class _Rows:
         self.found[layer] = error
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"layer": layer, "error": error}) + "\n")
+    """What each layer errs by at every rank, and by what it errs in the end, kept line by line: interrupted work goes on from it."""
+
+    def __init__(self, path: Path, identity: str, fresh: bool) -> None:
+        self.path = path
+        self.spectra: dict[str, list[float]] = {}
+        self.errors: dict[str, float | None] = {}
+        if not path.parent.is_dir():
+            raise WriteError(f"{path.parent}: there is no such folder")
+        rows = [] if fresh or not path.is_file() else _rows(path)
+        kept = rows[1:] if rows[:1] == [{"identity": identity}] else []
+        for row in kept:
+            if "spectrum" in row:
+                self.spectra[row["layer"]] = row["spectrum"]
+            else:
+                self.errors[row["layer"]] = row["error"]
+        # Written anew: a line that was cut off would swallow the one behind it.
+        text = "".join(json.dumps(row) + "\n" for row in [{"identity": identity}, *kept])
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise WriteError(f"{path.parent}: cannot be written to: {error.strerror}") from error
+
+    def _add(self, row: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def add_spectrum(self, layer: str, errors: Tensor) -> None:
+        """Keep one layer's errors at every rank."""
+        self.spectra[layer] = errors.tolist()
+        self._add({"layer": layer, "spectrum": self.spectra[layer]})
+
+    def add_error(self, layer: str, error: float | None) -> None:
+        """Keep what one finished layer errs by."""
+        self.errors[layer] = error
+        self._add({"layer": layer, "error": error})
+
+    def __enter__(self) -> _Spectra:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None and not self.spectra and not self.errors:  # nothing to go on from
+            self.path.unlink(missing_ok=True)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a journal, up to the one that was being written."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found
+
+
+def _inputs_of(calibration: Mapping[str, Moments], name: str) -> int:
+    """Inputs of a layer of the calibration; of a stored one without reading its moments."""
+    if isinstance(calibration, StoredCalibration):
+        return int(calibration._file.get_slice(f"{name}.mean").get_shape()[0])
+    return len(calibration[name].mean)
 
 
 def _choose(
     config: CompressConfig, places: Sequence[StoredPlace], spectra: _Spectra, tell: Callable[[str, int, int], None]
 ) -> Sequence[int | None]:
     if not (isinstance(config, LowRank) and config_needs_all(config) and config.ratio != 1):
+    if not (isinstance(config, LowRank) and config.searches):
         return config.choose(places)
     sizes = [place.site.out_features * place.site.in_features * place.itemsize for place in places]
     done, errors = 0, []
@@ -302,6 +416,9 @@ def _choose(
             spectra.add(place.name, config.relative_errors(place))
             place.checkpoint.close()
         errors.append(torch.tensor(spectra.found[place.name], dtype=torch.float64))
+        if place.name not in spectra.spectra:
+            spectra.add_spectrum(place.name, config.errors(place))
+        errors.append(torch.tensor(spectra.spectra[place.name], dtype=torch.float64))
         done += size
         tell("spectra", done, sum(sizes))
     return config.allocate(places, errors)
@@ -312,6 +429,7 @@ Chosen = Mapping[str, tuple[StoredPlace, int]]
 
 def _planned(
     checkpoint: SafetensorsFile, config: CompressConfig, chosen: Chosen
+    checkpoint: Checkpoint, config: CompressConfig, chosen: Chosen
 ) -> tuple[dict[str, TensorSpec], dict[str, list[str]]]:
     """Every tensor of the output with its size, and the tensors of each layer that is made."""
     specs: dict[str, TensorSpec] = {}
@@ -320,6 +438,7 @@ def _planned(
         layer, _, part = name.rpartition(".")
         if layer not in chosen or part not in ("weight", "bias"):
             specs[name] = TensorSpec(checkpoint.dtype(name), checkpoint.shape(name))
+            specs[name] = TensorSpec(checkpoint[name].dtype, checkpoint[name].shape)
         elif part == "weight":
             place, choice = chosen[layer]
             for key, tensor in config.build(place.empty(), config.spec(place, choice)).state_dict().items():
@@ -331,6 +450,9 @@ def _planned(
 def _make(config: CompressConfig, place: StoredPlace, choice: int, rows: _Rows) -> dict[str, Tensor]:
     new = config.replace(place, choice)
     rows.add(place.name, new.error)
+def _make(config: CompressConfig, place: StoredPlace, choice: int, found: _Spectra) -> dict[str, Tensor]:
+    new = config.replace(place, choice)
+    found.add_error(place.name, new.error)
     return {f"{place.name}.{key}": tensor for key, tensor in new.module.state_dict().items()}
 
 
@@ -340,11 +462,17 @@ def _report(
     places: Sequence[StoredPlace],
     chosen: Chosen,
     rows: _Rows,
+    checkpoint: Checkpoint,
+    config: CompressConfig,
+    places: Sequence[StoredPlace],
+    chosen: Chosen,
+    errors: Mapping[str, float | None],
     specs: Mapping[str, TensorSpec],
     made: Mapping[str, Sequence[str]],
     seconds: float,
 ) -> CompressionReport:
     old = {name: TensorSpec(checkpoint.dtype(name), checkpoint.shape(name)) for name in checkpoint}
+    old = {name: TensorSpec(checkpoint[name].dtype, checkpoint[name].shape) for name in checkpoint}
 
     def count(shapes: Mapping[str, TensorSpec], names: Sequence[str]) -> tuple[int, int]:
         return (sum(math.prod(shapes[n].shape) for n in names), sum(shapes[n].nbytes for n in names))
@@ -371,6 +499,7 @@ def _report(
                 macs=m * n if choice is None else dense + choice * (m + n),
                 macs_before=m * n,
                 error=0.0 if choice is None else rows.found.get(place.name),
+                error=0.0 if choice is None else errors.get(place.name),
             )
         )
     total, total_before = count(specs, list(specs)), count(old, list(old))

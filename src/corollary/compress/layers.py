@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,7 @@ def factored(layer: nn.Module, rank: int, *, bias: bool | None = None) -> Factor
     site = Site.of(layer)
     weight = cast(Tensor, layer.weight)
     where = {"device": weight.device, "dtype": weight.dtype}
+    where: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     wanted = getattr(layer, "bias", None) is not None if bias is None else bias
     n, m = site.in_features, site.out_features
     down: nn.Module
@@ -94,6 +96,12 @@ def factored(layer: nn.Module, rank: int, *, bias: bool | None = None) -> Factor
                 layer.dilation,  # type: ignore[arg-type]
                 bias=False,
                 padding_mode=layer.padding_mode,
+                cast(Any, layer.kernel_size),
+                cast(Any, layer.stride),
+                cast(Any, layer.padding),
+                cast(Any, layer.dilation),
+                bias=False,
+                padding_mode=cast(Any, layer.padding_mode),
                 **where,
             )
             up = kind(rank, m, 1, bias=wanted, **where)

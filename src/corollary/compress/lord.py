@@ -26,6 +26,10 @@ class LoRD(LowRank):
 
     Deviations: ranks are chosen layer by layer under one budget, where the paper gives all layers of one kind the same rank; factors
     are balanced. Layers without a bias get one for the mean; ``centered=False`` leaves them without.
+        allocation: 'uniform' as in the paper, where every layer of a kind gets the same rank (None means that too), or 'global'.
+        multiple_of, budget, damping, metric, centered: see `LowRank`.
+
+    Deviations: factors are balanced. Layers without a bias get one for the mean; ``centered=False`` leaves them without.
 
     When not to use it: where inference is bound by the launch of many small kernels and not by arithmetic or memory: a factored layer
     is two of them. On a square layer a rank must fall below half of its side before it saves anything.
@@ -42,6 +46,7 @@ class LoRD(LowRank):
 
     Source: Kaushal, Vaidhya and Rish, "LORD: Low Rank Decomposition Of Monolingual Code LLMs For One-Shot Compression",
     arXiv 2309.14021, section 3.
+    arXiv 2309.14021, by the decomposition of Yu and Wu, AAAI 2023, see `FeaturePCA`.
     """
 
     metric: str = "inputs"

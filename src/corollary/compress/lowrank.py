@@ -57,6 +57,10 @@ class LowRank(CompressConfig):
         budget: what ``ratio`` is a share of: 'parameters' of the weights, 'macs' over the calibration data, or 'bytes'.
         allocation: 'global' spends the budget where it takes off the most error, relative to each layer's output, see
             `allocate_ranks`; 'uniform' keeps the same share of every layer.
+        allocation: 'global' spends the budget where it takes off the most error, see `allocate_ranks`; 'uniform' keeps the same share
+            of every layer. None: global where the metric has the outputs in it, so that the errors of all layers are in one unit, the
+            loss's; else uniform. Global without that unit goes by each layer's error relative to its own output, which need not be what
+            the model minds: it is better on some models and worse on others.
         multiple_of: ranks are multiples of this.
         damping: see `weighted_low_rank`.
 
@@ -73,6 +77,8 @@ class LowRank(CompressConfig):
         >>> small = compress(model, LowRank(ratio=0.5, metric="inputs"), calibration=[torch.randn(64, 32)])
         >>> small[0].rank + small[2].rank
         16
+        >>> small[0].rank, small[2].rank
+        (8, 8)
     """
 
     ratio: float | None = None
@@ -81,6 +87,7 @@ class LowRank(CompressConfig):
     centered: bool = False
     budget: str = "parameters"
     allocation: str = "global"
+    allocation: str | None = None
     multiple_of: int = 1
     damping: float = 1e-6
 
@@ -95,6 +102,7 @@ class LowRank(CompressConfig):
                 raise ValueError(f"'rank' must be at least 1, or a fraction in (0, 1), not {rank}")
         for name, allowed in (("metric", METRICS), ("budget", BUDGETS), ("allocation", ALLOCATIONS)):
             if getattr(self, name) not in allowed:
+            if getattr(self, name) not in allowed and (name, self.allocation) != ("allocation", None):
                 raise ValueError(f"'{name}' must be one of {', '.join(allowed)}, not '{getattr(self, name)}'")
         if self.multiple_of < 1:
             raise ValueError(f"'multiple_of' must be at least 1, not {self.multiple_of}")
@@ -135,6 +143,24 @@ class LowRank(CompressConfig):
     def relative_errors(self, place: Place) -> Tensor:
         """The errors of rank 0, 1, ... on one layer, over the layer's size in the metric: float64, on the CPU."""
         errors = self._solve(place).errors()
+        if not self.searches:
+            return self._shrinking(places, uniform_ranks(costs, dense, self.ratio, multiple_of=self.multiple_of).ranks)
+        return self.allocate(places, [self.errors(place) for place in places])
+
+    @property
+    def searches(self) -> bool:
+        """Whether ranks are chosen by looking at the errors of all layers."""
+        chosen = self.allocation or ("global" if self.metric in ("outputs", "both") else "uniform")
+        return self.ratio is not None and self.ratio < 1 and chosen == "global"
+
+    def errors(self, place: Place) -> Tensor:
+        """What rank 0, 1, ... of one layer costs in the search: float64, on the CPU.
+
+        The squared error over the data in the loss's unit where the metric has it, else relative to the layer's size.
+        """
+        errors = self._solve(place).errors()
+        if self.metric in ("outputs", "both") and place.moments is not None:
+            return (errors * place.moments.count).cpu()
         return (errors / errors[0].clamp_min(torch.finfo(errors.dtype).tiny)).cpu()
 
     def allocate(self, places: Sequence[Place], errors: Sequence[Tensor]) -> Sequence[int | None]:
@@ -251,6 +277,7 @@ class FeaturePCA(LowRank):
         True
 
     Source: Yu and Wu, "Compressing Transformers: Features Are Low-Rank, but Weights Are Not!", AAAI 2023, section 3.
+    Source: Yu and Wu, "Compressing Transformers: Features Are Low-Rank, but Weights Are Not!", AAAI 2023.
     """
 
     metric: str = "inputs"

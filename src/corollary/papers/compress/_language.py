@@ -46,11 +46,22 @@ class Language:
         return [self.stream.batch(min(batch, windows - at), generator)[0] for at in range(0, windows, batch)]
 
     @torch.no_grad()
+    def calibration_loss(self, model: nn.Module, windows: int = 64) -> float:
+        """Mean loss in nats a byte on the calibration windows: what a method may choose by."""
+        total = 0.0
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        for _ in range(0, windows, 32):
+            x, y = self.stream.batch(32, generator)
+            total += float(cross_entropy(model(x).flatten(0, 1), y.flatten())) * 32 / windows
+        return total
+
+    @torch.no_grad()
     def loss(self, model: nn.Module, windows: int = 512) -> float:
         """Mean loss in nats a byte on held-out windows, the same for every model of this seed."""
         total, count = 0.0, 0
         x, y = self.stream.batch(windows, torch.Generator().manual_seed(self.seed + 2), split="val")
         for a, b in zip(x.split(128), y.split(128), strict=True):
+        for a, b in zip(torch.split(x, 128), torch.split(y, 128), strict=True):
             total += float(cross_entropy(model(a).flatten(0, 1), b.flatten(), reduction="sum"))
             count += b.numel()
         return total / count
@@ -122,6 +133,7 @@ def train(
         total = loss if penalty is None else loss + penalty()
         optimizer.zero_grad(set_to_none=True)
         total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         schedule.step()

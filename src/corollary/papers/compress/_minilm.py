@@ -42,6 +42,7 @@ class Docstrings:
     def batches(self, chosen: Tensor) -> list[dict[str, Tensor]]:
         """Texts as batches for calibration; padding is left out by the mask."""
         return [{"hidden": self.hidden[part], "attention_mask": self.mask[part]} for part in chosen.split(20)]
+        return [{"hidden": self.hidden[part], "attention_mask": self.mask[part]} for part in torch.split(chosen, 20)]
 
     @torch.no_grad()
     def errors(self, model: nn.Module, chosen: Tensor) -> Tensor:
@@ -49,6 +50,8 @@ class Docstrings:
         mask = self.mask[chosen]
         gap = model(self.hidden[chosen], mask) - self.states[chosen]
         return (gap.double().square().sum(-1) * mask).sum(-1)
+        errors: Tensor = (gap.double().square().sum(-1) * mask).sum(-1)
+        return errors
 
     def relative(self, errors: Tensor, chosen: Tensor) -> float:
         """Errors of these texts over the variance of their true states."""
