@@ -4,6 +4,7 @@ from corollary.adapt.base import Adapter, AdapterConfig, LowRankAdapter
 from corollary.adapt.continual import ContinualLearner
 from corollary.adapt.cuber import CUBER
 from corollary.adapt.ewc import EWC
+from corollary.adapt.g_act import GACT, SteeringHandle
 from corollary.adapt.gpm import GPM
 from corollary.adapt.inject import adapt, adapter_penalty, delete_adapter, disable_adapters, set_adapters
 from corollary.adapt.interop import from_peft, to_peft
@@ -62,4 +63,6 @@ __all__ = [
     "GPM",
     "CUBER",
     "EWC",
+    "GACT",
+    "SteeringHandle",
 ]

@@ -118,7 +118,9 @@ def covered_layers(model: nn.Module, exclude: Iterable[str]) -> dict[str, nn.Lin
     names = [name for name, _ in model.named_modules()]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"'exclude' has '{pattern}', which matches no module; there are: {', '.join(n for n in names if n)}")
+            raise ValueError(
+                f"'exclude' has '{pattern}', which matches no module; there are: {', '.join(n for n in names if n)}"
+            )
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -150,7 +152,11 @@ def layer_inputs(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
 def as_matrix(layer: nn.Linear | nn.Conv2d, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Weight and bias (or their gradients) as one matrix (outputs, inputs [+ 1])."""
     rows = weight.flatten(1)
-    return rows if layer.bias is None else torch.cat([rows, (layer.bias.new_zeros(len(rows)) if bias is None else bias)[:, None]], 1)
+    return (
+        rows
+        if layer.bias is None
+        else torch.cat([rows, (layer.bias.new_zeros(len(rows)) if bias is None else bias)[:, None]], 1)
+    )
 
 
 @contextmanager
@@ -159,12 +165,13 @@ def collect_grams(layers: Mapping[str, nn.Linear | nn.Conv2d]) -> Iterator[dict[
     grams: dict[str, Tensor] = {}
 
     def watch(name: str, layer: nn.Linear | nn.Conv2d) -> RemovableHandle:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        # After the layer, not before: an input that does not fit is its to refuse.
+        def hook(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
             rows = layer_inputs(layer, args[0].detach()).double()
             gram = rows.T @ rows
             grams[name] = grams[name] + gram if name in grams else gram
 
-        return layer.register_forward_pre_hook(hook)
+        return layer.register_forward_hook(hook)
 
     handles = [watch(name, layer) for name, layer in layers.items()]
     try:

@@ -176,9 +176,7 @@ class CUBER(GPM):
         assert layer.weight.grad is not None
         moved = as_matrix(layer, layer.weight, layer.bias) - self._anchors[name]
         bias = None if layer.bias is None else layer.bias.grad
-        pull = torch.addmm(
-            as_matrix(layer, layer.weight.grad, bias), moved @ opened, opened.T, alpha=2 * self.regularization
-        )
+        pull = torch.addmm(as_matrix(layer, layer.weight.grad, bias), moved @ opened, opened.T, alpha=2 * self.regularization)
         _write(layer, layer.weight.grad, bias, pull)
 
     # ------------------------------------------------------------------------------------------------------------- state
@@ -210,5 +208,7 @@ class CUBER(GPM):
             allowed = {"gradients": ((tasks, *shape),), "regimes": ((tasks,),), "anchor": (shape, (0, shape[1]))}
             for part, shapes in allowed.items():
                 if tuple(state[f"{name}.{part}"].shape) not in shapes:
-                    raise ValueError(f"'state_dict': '{name}.{part}' has shape {tuple(state[f'{name}.{part}'].shape)}; allowed: {shapes[0]}")
+                    raise ValueError(
+                        f"'state_dict': '{name}.{part}' has shape {tuple(state[f'{name}.{part}'].shape)}; allowed: {shapes[0]}"
+                    )
         return tasks

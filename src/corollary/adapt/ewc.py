@@ -91,7 +91,10 @@ class EWC(ContinualLearner):
 
     def penalty(self) -> Tensor:
         """The penalty λ/2 Σ F (θ - θ*)², up to a constant, for reports; its gradient is what a step gets."""
-        terms = [(f * p.square() / 2 - self.pull[n] * p).sum() for (n, p), f in zip(self._parameters.items(), self.fisher.values(), strict=True)]
+        terms = [
+            (f * p.square() / 2 - self.pull[n] * p).sum()
+            for (n, p), f in zip(self._parameters.items(), self.fisher.values(), strict=True)
+        ]
         return self.strength * torch.stack(terms).sum()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -108,7 +111,9 @@ class EWC(ContinualLearner):
             raise ValueError(f"'state_dict': '{key}' is {'missing' if key in own else 'unknown'}")
         for key, tensor in own.items():
             if tensor.shape != state_dict[key].shape:
-                raise ValueError(f"'state_dict': '{key}' has shape {tuple(state_dict[key].shape)}; allowed: {tuple(tensor.shape)}")
+                raise ValueError(
+                    f"'state_dict': '{key}' has shape {tuple(state_dict[key].shape)}; allowed: {tuple(tensor.shape)}"
+                )
         for name, parameter in self._parameters.items():
             self.fisher[name] = state_dict[f"{name}.fisher"].to(parameter).clone()
             self.pull[name] = state_dict[f"{name}.pull"].to(parameter).clone()

@@ -97,7 +97,9 @@ class GPM(ContinualLearner):
             value = self._losses(loss)
         for name in self.layers:
             if name not in grams:
-                raise ValueError(f"layer '{name}' saw no input while 'loss' ran; name it in 'exclude' if the task does not use it")
+                raise ValueError(
+                    f"layer '{name}' saw no input while 'loss' ran; name it in 'exclude' if the task does not use it"
+                )
         self._remember(value)
         for name, gram in grams.items():
             if not bool(gram.isfinite().all()):
@@ -216,7 +218,10 @@ _NOISE = 1e-12
 def covered_parameters(model: nn.Module, patterns: Iterable[str]) -> set[int]:
     """Identities of the parameters inside the modules that match."""
     return {
-        id(p) for name, module in model.named_modules() if any(fnmatchcase(name, x) for x in patterns) for p in module.parameters()
+        id(p)
+        for name, module in model.named_modules()
+        if any(fnmatchcase(name, x) for x in patterns)
+        for p in module.parameters()
     }
 
 

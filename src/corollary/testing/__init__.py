@@ -5,6 +5,7 @@
 
 from corollary.testing.adapter import check_adapter
 from corollary.testing.case import Case, Check, checks, iterate_checks, run_checks
+from corollary.testing.continual import check_continual
 from corollary.testing.diagnostic import check_diagnostic
 from corollary.testing.estimator import check_estimator
 from corollary.testing.function import check_function
@@ -14,6 +15,7 @@ from corollary.testing.manifold import check_manifold
 from corollary.testing.optimizer import Problem, check_optimizer
 from corollary.testing.sampler import check_sampler
 from corollary.testing.schedule import check_schedule
+from corollary.testing.steering import check_steering
 
 __all__ = [
     "Case",
@@ -22,6 +24,7 @@ __all__ = [
     "iterate_checks",
     "run_checks",
     "check_adapter",
+    "check_continual",
     "check_diagnostic",
     "check_estimator",
     "check_function",
@@ -31,5 +34,6 @@ __all__ = [
     "check_optimizer",
     "check_sampler",
     "check_schedule",
+    "check_steering",
     "Problem",
 ]
