@@ -411,7 +411,7 @@ def test_bad_input_is_named():
             call()
     with pytest.raises(TypeError, match=r"'model' must be a torch.nn.Module, not int"):
         GPM(3)
-    with pytest.raises(TypeError, match="'optimizer' must be a torch.optim.Optimizer, not list"):
+    with pytest.raises(TypeError, match=r"'optimizer' must be a torch.optim.Optimizer, not list"):
         GPM(net).attach([])
     with pytest.raises(TypeError, match="'loss' must be a function of no arguments"):
         GPM(net).end_task(torch.ones(1))

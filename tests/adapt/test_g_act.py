@@ -221,7 +221,7 @@ def test_bad_input_is_named():
     ):
         with pytest.raises(ValueError, match=words):
             call()
-    with pytest.raises(TypeError, match="'model' must be a torch.nn.Module, not str"):
+    with pytest.raises(TypeError, match=r"'model' must be a torch.nn.Module, not str"):
         GACT("gpt", ["blocks.*"])
     with pytest.raises(TypeError, match="a batch of prompts must be a tensor, a tuple or a dict, not str"):
         GACT(model, ["blocks.*"]).fit("text", "text")

@@ -70,6 +70,7 @@ class ContinualLearner(ABC):
 
     def begin_task(self, loss: Loss) -> None:
         """Say that a new task starts; ``loss`` gives its loss on some of its samples. Needed by methods that compare tasks."""
+        return
 
     @abstractmethod
     def end_task(self, loss: Loss) -> None:

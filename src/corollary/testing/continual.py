@@ -206,27 +206,31 @@ def side_effects(case: Case) -> None:
 def bad_input(case: Case) -> None:
     """What is no model, optimizer, loss or state is refused, and a loss that fails leaves no hook."""
     for options in _sets(case):
-        net = _net()
-        learner = case.make(net, **options)
+        _refusals(case, options)
 
-        def fails() -> Tensor:
-            return net(torch.zeros(2, 2, dtype=torch.float64))  # type: ignore[no-any-return]
 
-        for name, call in (
-            ("a number as model", lambda: case.make(3, **options)),
-            ("a list as optimizer", lambda: learner.attach([])),
-            ("a tensor as loss", lambda: learner.end_task(torch.ones(3))),
-            ("a NaN loss", lambda: learner.end_task(lambda: _loss(net, _task(1))() * torch.nan)),
-            ("an empty state", lambda: learner.load_state_dict({})),
-            ("a loss that raises", lambda: learner.end_task(fails)),
-        ):
-            refused = (TypeError, ValueError, RuntimeError) if name == "a loss that raises" else (TypeError, ValueError)
-            try:
-                call()
-            except refused:
-                assert not _hooks(net), f"{options}: {name} leaves hooks on the model"
-                continue
-            raise AssertionError(f"{options}: {name} is taken")
+def _refusals(case: Case, options: Mapping[str, Any]) -> None:
+    net = _net()
+    learner = case.make(net, **options)
+
+    def fails() -> Tensor:
+        return net(torch.zeros(2, 2, dtype=torch.float64))  # type: ignore[no-any-return]
+
+    for name, call in (
+        ("a number as model", lambda: case.make(3, **options)),
+        ("a list as optimizer", lambda: learner.attach([])),
+        ("a tensor as loss", lambda: learner.end_task(torch.ones(3))),
+        ("a NaN loss", lambda: learner.end_task(lambda: _loss(net, _task(1))() * torch.nan)),
+        ("an empty state", lambda: learner.load_state_dict({})),
+        ("a loss that raises", lambda: learner.end_task(fails)),
+    ):
+        refused = (TypeError, ValueError, RuntimeError) if name == "a loss that raises" else (TypeError, ValueError)
+        try:
+            call()
+        except refused:
+            assert not _hooks(net), f"{options}: {name} leaves hooks on the model"
+            continue
+        raise AssertionError(f"{options}: {name} is taken")
 
 
 CHECKS: Mapping[str, Check] = {

@@ -222,22 +222,26 @@ def determinism(case: Case) -> None:
 def bad_input(case: Case) -> None:
     """Unknown layers, prompts that are no pairs, a NaN strength, an empty state and use before a fit are refused."""
     for options in _sets(case):
-        model = _model()
-        source, target = _prompts()
-        for name, call in (
-            ("a number as model", lambda: case.make(3, _LAYERS, **options)),
-            ("an unknown layer", lambda: case.make(model, ["no such layer"], **options)),
-            ("prompts that are no pairs", lambda: case.make(model, _LAYERS, **options).fit(source, target[:-1])),
-            ("steering before a fit", lambda: case.make(model, _LAYERS, **options).steer()),
-            ("a NaN strength", lambda: _fitted(case, model, options).steer(float("nan"))),
-            ("an empty state", lambda: case.make(model, _LAYERS, **options).load_state_dict({})),
-        ):
-            try:
-                call()
-            except (TypeError, ValueError):
-                assert not _hooks(model), f"{options}: {name} leaves hooks on the model"
-                continue
-            raise AssertionError(f"{options}: {name} is taken")
+        _refusals(case, options)
+
+
+def _refusals(case: Case, options: Mapping[str, Any]) -> None:
+    model = _model()
+    source, target = _prompts()
+    for name, call in (
+        ("a number as model", lambda: case.make(3, _LAYERS, **options)),
+        ("an unknown layer", lambda: case.make(model, ["no such layer"], **options)),
+        ("prompts that are no pairs", lambda: case.make(model, _LAYERS, **options).fit(source, target[:-1])),
+        ("steering before a fit", lambda: case.make(model, _LAYERS, **options).steer()),
+        ("a NaN strength", lambda: _fitted(case, model, options).steer(float("nan"))),
+        ("an empty state", lambda: case.make(model, _LAYERS, **options).load_state_dict({})),
+    ):
+        try:
+            call()
+        except (TypeError, ValueError):
+            assert not _hooks(model), f"{options}: {name} leaves hooks on the model"
+            continue
+        raise AssertionError(f"{options}: {name} is taken")
 
 
 CHECKS: Mapping[str, Check] = {
