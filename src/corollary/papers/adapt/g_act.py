@@ -36,6 +36,10 @@ PROMPT = 24
 WRITTEN = 32
 MODELS = 3
 STRENGTH = 0.5
+PAIRS = 200
+"""pairs that steering is fitted on"""
+SIZES = {"small": (48, 4), "large": (64, 8)}
+"""width, and training windows of each language in a batch; probes are compared in the small model, text is written by the large one"""
 
 # ------------------------------------------------------------------------------------------------------ the code model
 
@@ -87,19 +91,20 @@ def _prose(*texts: str) -> Tensor:
     return torch.tensor([list((line.strip() + "\n").encode()[-PROMPT:].rjust(PROMPT)) for line in lines])
 
 
-@lru_cache(maxsize=MODELS + 1)
-def world(number: int, steps: int) -> World:
+@lru_cache(maxsize=2 * MODELS)
+def world(number: int, steps: int, size: str) -> World:
     """Train model ``number`` on half Python, half C++, and the judge on windows of the same training text."""
     generator = torch.Generator().manual_seed(number)
+    dim, rows = SIZES[size]
     texts = (stdlib_text(1_000_000), torch_headers(1_000_000))
     streams = tuple(TokenStream(text, context=CONTEXT, seed=number) for text in texts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(number)
-        net = GPT(256, dim=48, depth=3, heads=4, context=CONTEXT)
+        net = GPT(256, dim=dim, depth=3, heads=4, context=CONTEXT)
     optimizer = torch.optim.AdamW(net.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.1)
     for _ in range(steps):
-        batches = [stream.batch(4, generator) for stream in streams]
+        batches = [stream.batch(rows, generator) for stream in streams]
         x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
         optimizer.zero_grad()
         F.cross_entropy(net(x).flatten(0, 1), y.flatten()).backward()  # type: ignore[no-untyped-call]
@@ -116,8 +121,12 @@ def world(number: int, steps: int) -> World:
     return World(net.eval(), (streams[0], streams[1]), judge, accuracy, _prose(*texts))
 
 
+def _steps(trial: Trial) -> int:
+    return trial.pick(smoke=20, laptop=400, full=4000)
+
+
 def _world(trial: Trial) -> World:
-    return world(trial.seed % MODELS, trial.pick(smoke=20, laptop=400, full=4000))
+    return world(trial.seed % MODELS, _steps(trial), "large")
 
 
 @torch.no_grad()
@@ -156,7 +165,7 @@ def _probes(seed: int, number: int, steps: int, torn: bool) -> tuple[tuple[float
     ``torn`` pairs each prompt of the stream with the difference of another: the clusters that the probes are taught are then
     real ones, but not the prompts' own.
     """
-    place = world(number, steps)
+    place = world(number, steps, "small")
     generator = torch.Generator().manual_seed(seed)
     pair = [place.windows(language, 24, generator) for language in (0, 1)]
     steerer = GACT(place.net, LAYERS, clusters=3, lr=0.03, seed=seed % 2**31).fit(*pair)
@@ -173,9 +182,11 @@ def _probes(seed: int, number: int, steps: int, torn: bool) -> tuple[tuple[float
 
 
 def _accuracy(trial: Trial, torn: bool, layers: slice) -> Paired:
-    fixed, refined = _probes(trial.seed, trial.seed % MODELS, trial.pick(smoke=20, laptop=400, full=4000), torn)
+    fixed, refined = _probes(trial.seed, trial.seed % MODELS, _steps(trial), torn)
     trial.log(**{f"fixed_{i}": a for i, a in enumerate(fixed)}, **{f"refined_{i}": a for i, a in enumerate(refined)})
-    trial.figure("accuracy", x=[0, 1, 2], y={"G-ACT": refined, "ACT": fixed}, xlabel="layer", ylabel="probe's held-out accuracy")
+    trial.figure(
+        "accuracy", x=[0, 1, 2], y={"G-ACT": refined, "ACT": fixed}, xlabel="layer", ylabel="probe's held-out accuracy"
+    )
     return Paired(ours=float(np.mean(refined[layers])), baseline=float(np.mean(fixed[layers])))
 
 
@@ -195,13 +206,13 @@ def first_layer_above_fixed(trial: Trial, torn: bool = False) -> Paired:
 
 
 def _steerer(trial: Trial, place: World, target: int, method: str = "G-ACT") -> GACT:
-    """Fitted on 24 pairs and refined on 10 batches of 16."""
+    """Fitted on pairs and refined on 10 batches of 16."""
     generator = torch.Generator().manual_seed(trial.seed)
 
     def pair(count: int) -> tuple[Tensor, Tensor]:
         return place.windows(1 - target, count, generator), place.windows(target, count, generator)
 
-    steerer = METHODS[method](place.net, LAYERS, clusters=3, lr=0.03, seed=trial.seed % 2**31).fit(*pair(24))
+    steerer = METHODS[method](place.net, LAYERS, clusters=3, lr=0.03, seed=trial.seed % 2**31).fit(*pair(PAIRS))
     for _ in range(10):
         steerer.refine(*pair(16))
     return steerer
