@@ -144,7 +144,7 @@ def layer_inputs(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
             x = x[None]
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-        rows = F.unfold(x, layer.kernel_size, dilation=layer.dilation, stride=layer.stride).transpose(1, 2).flatten(0, 1)  # type: ignore[arg-type]
+        rows = F.unfold(x, layer.kernel_size, dilation=layer.dilation, stride=layer.stride).transpose(1, 2).flatten(0, 1)
     else:
         rows = x.reshape(-1, x.shape[-1])
     return rows if layer.bias is None else torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)

@@ -126,7 +126,8 @@ class CUBER(GPM):
         inner = torch.einsum("joi,oi->j", old, gradient)
         sufficient = (share >= self.min_projection * norm) & (norm > 0)
         positive = inner >= self.min_correlation * old.flatten(1).norm(dim=1) * norm
-        return 1 + sufficient.long() * (1 + positive.long())
+        regimes: Tensor = 1 + sufficient.long() * (1 + positive.long())
+        return regimes
 
     def _choose(self, kept: Tensor, energy: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         # The fewest vectors that hold the threshold, old or new: a task's subspace is no larger than the task itself.

@@ -68,7 +68,7 @@ class EWC(ContinualLearner):
         parameters = list(self._parameters.values())
         sums = [torch.zeros_like(p) for p in parameters]
         rows = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
-        for part in rows.split(self.chunk):
+        for part in torch.split(rows, self.chunk):
             found = torch.autograd.grad(
                 losses, parameters, part, retain_graph=True, is_grads_batched=True, allow_unused=True, materialize_grads=True
             )
@@ -80,10 +80,10 @@ class EWC(ContinualLearner):
 
     @torch.no_grad()
     def _before_step(self) -> None:
-        names = [name for name, p in self._parameters.items() if p.grad is not None]
-        if not names or not self.num_tasks or not self.strength:
+        found = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        if not found or not self.num_tasks or not self.strength:
             return
-        gradients = [self._parameters[name].grad for name in names]
+        names, gradients = list(found), list(found.values())
         torch._foreach_addcmul_(
             gradients, [self.fisher[name] for name in names], [self._parameters[name] for name in names], self.strength
         )

@@ -216,14 +216,15 @@ def _refusals(case: Case, options: Mapping[str, Any]) -> None:
     def fails() -> Tensor:
         return net(torch.zeros(2, 2, dtype=torch.float64))  # type: ignore[no-any-return]
 
-    for name, call in (
+    cases: tuple[tuple[str, Callable[[], Any]], ...] = (
         ("a number as model", lambda: case.make(3, **options)),
         ("a list as optimizer", lambda: learner.attach([])),
         ("a tensor as loss", lambda: learner.end_task(torch.ones(3))),
         ("a NaN loss", lambda: learner.end_task(lambda: _loss(net, _task(1))() * torch.nan)),
         ("an empty state", lambda: learner.load_state_dict({})),
         ("a loss that raises", lambda: learner.end_task(fails)),
-    ):
+    )
+    for name, call in cases:
         refused = (TypeError, ValueError, RuntimeError) if name == "a loss that raises" else (TypeError, ValueError)
         try:
             call()

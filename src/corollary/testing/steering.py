@@ -228,14 +228,15 @@ def bad_input(case: Case) -> None:
 def _refusals(case: Case, options: Mapping[str, Any]) -> None:
     model = _model()
     source, target = _prompts()
-    for name, call in (
+    cases: tuple[tuple[str, Callable[[], Any]], ...] = (
         ("a number as model", lambda: case.make(3, _LAYERS, **options)),
         ("an unknown layer", lambda: case.make(model, ["no such layer"], **options)),
         ("prompts that are no pairs", lambda: case.make(model, _LAYERS, **options).fit(source, target[:-1])),
         ("steering before a fit", lambda: case.make(model, _LAYERS, **options).steer()),
         ("a NaN strength", lambda: _fitted(case, model, options).steer(float("nan"))),
         ("an empty state", lambda: case.make(model, _LAYERS, **options).load_state_dict({})),
-    ):
+    )
+    for name, call in cases:
         try:
             call()
         except (TypeError, ValueError):

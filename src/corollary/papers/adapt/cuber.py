@@ -46,7 +46,7 @@ class OpensTheWrong(CUBER):
 
 
 class OnTheSameBases(GPM):
-    """GPM whose bases grow by the rule that CUBER has from TRGP: a second kind of GPM for its tuning to choose."""
+    """GPM whose bases grow by the rule that CUBER has from TRGP: CUBER that opens nothing, and a kind of GPM for tuning to choose."""
 
     _choose = CUBER._choose
 
@@ -172,7 +172,7 @@ def learn(kind: str, seed: int, method: str, options: Options, short: bool = Fal
         if isinstance(learner, CUBER):
             regimes += [r for row in learner.regimes().values() for r in row]
         for _ in range(2 if short else EPOCHS[kind]):
-            for rows in torch.randperm(len(task.train_x), generator=generator).split(20):
+            for rows in torch.split(torch.randperm(len(task.train_x), generator=generator), 20):
                 optimizer.zero_grad()
                 task.losses(net, rows).mean().backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
@@ -247,23 +247,27 @@ def positive_where_gpm_is_negative(trial: Trial, method: str = "CUBER") -> Paire
 
 
 def _transfer(trial: Trial, kind: str, method: str) -> Paired:
-    ours, other = _run(trial, kind, method), _run(trial, kind, "GPM")
+    """Against GPM at CUBER's threshold and on its bases: a higher threshold alone forgets less, and would pass for transfer."""
+    ours = _run(trial, kind, method)
+    settings = (("kind", "GPM on TRGP's bases"), ("threshold", trial.tuned["CUBER"]["threshold"]))
+    other = learn(kind, trial.seed % 2**31, "GPM", settings, trial.scale == "smoke")
+    trial.log(baseline_accuracy=other.accuracy, baseline_backward_transfer=other.backward_transfer)
     return Paired(ours=ours.backward_transfer, baseline=other.backward_transfer)
 
 
-@claim(control={"method": "opens the wrong"}, tune=_tune("related", "GPM"))
+@claim(control={"method": "opens the wrong"}, tune=_tune("related"))
 def related_transfer_above_gpm(trial: Trial, method: str = "CUBER") -> Paired:
     """Backward transfer against GPM's, on related tasks."""
     return _transfer(trial, "related", method)
 
 
-@claim(control={"method": "opens the wrong"}, tune=_tune("permuted", "GPM"))
+@claim(control={"method": "opens everything"}, tune=_tune("permuted"))
 def permuted_transfer_above_gpm(trial: Trial, method: str = "CUBER") -> Paired:
     """Backward transfer against GPM's, on permuted digits."""
     return _transfer(trial, "permuted", method)
 
 
-@claim(control={"method": "opens the wrong"}, tune=_tune("split", "GPM"))
+@claim(control={"method": "opens the wrong"}, tune=_tune("split"))
 def split_transfer_above_gpm(trial: Trial, method: str = "CUBER") -> Paired:
     """Backward transfer against GPM's, on split digits."""
     return _transfer(trial, "split", method)
@@ -283,7 +287,7 @@ def related_accuracy_above_gpm(trial: Trial, method: str = "CUBER") -> Paired:
     return _accuracy(trial, "related", method, "GPM")
 
 
-@claim(control={"method": "opens the wrong"}, tune=_tune("permuted", "GPM"))
+@claim(control={"method": "opens everything"}, tune=_tune("permuted", "GPM"))
 def permuted_accuracy_above_gpm(trial: Trial, method: str = "CUBER") -> Paired:
     """Final accuracy against GPM's, on permuted digits."""
     return _accuracy(trial, "permuted", method, "GPM")

@@ -289,6 +289,6 @@ def steering_overhead(trial: Trial, asks_first: bool = False) -> Ratio:
         return run
 
     cases = {"plain": plain, "all": steered(LAYERS), "two": steered(("blocks.2", "blocks.3"))}
-    seconds = interleave(cases, rounds=trial.pick(smoke=3, laptop=25), warmup=2)
+    seconds = interleave(cases, rounds=trial.pick(smoke=3, laptop=15), warmup=2)
     trial.log(two_of_six_layers=seconds["two"] / seconds["plain"])
     return Ratio(ours=seconds["all"], baseline=seconds["plain"])
