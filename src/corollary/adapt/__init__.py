@@ -1,6 +1,11 @@
 """Changing a pretrained model cheaply: adapters, merging, steering, continual learning and unlearning."""
 
 from corollary.adapt.base import Adapter, AdapterConfig, LowRankAdapter
+from corollary.adapt.continual import ContinualLearner
+from corollary.adapt.cuber import CUBER
+from corollary.adapt.ewc import EWC
+from corollary.adapt.g_act import GACT, SteeringHandle
+from corollary.adapt.gpm import GPM
 from corollary.adapt.inject import adapt, adapter_penalty, delete_adapter, disable_adapters, set_adapters
 from corollary.adapt.interop import from_peft, to_peft
 from corollary.adapt.loldu import LoLDU
@@ -78,4 +83,10 @@ __all__ = [
     "fit_adamerging",
     "MergedCheckpoint",
     "MergeError",
+    "ContinualLearner",
+    "GPM",
+    "CUBER",
+    "EWC",
+    "GACT",
+    "SteeringHandle",
 ]

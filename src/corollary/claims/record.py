@@ -18,7 +18,7 @@ from typing import Any
 KINDS = ("paired", "exact", "slope", "ratio")
 COMPONENT_KINDS = (
     "optimizer", "schedule", "loss", "layer", "adapter", "compressor", "diagnostic", "estimator", "operator", "learner",
-    "manifold", "function", "sampler",
+    "manifold", "function", "sampler", "continual", "steering",
 )  # fmt: skip
 MIN_PAIRS = 6
 
