@@ -25,7 +25,6 @@ from corollary.compress import (
     load,
     load_calibration,
 )
-from corollary.data import LoadError, WriteError, load_safetensors
 from corollary.data import LoadError, WriteError, open_checkpoint
 from corollary.memory import peak_bytes
 from corollary.models import GPT
@@ -45,7 +44,6 @@ def model_on_disk(folder: Path) -> tuple[GPT, Path, Path]:
 @pytest.mark.parametrize(
     "config",
     [
-        SVD(ratio=0.6), LoRD(ratio=0.6), LoRD(rank=5, centered=False), EoRA(rank=3, sparsity="2:4", group_size=8),
         SVD(ratio=0.6), LoRD(ratio=0.6, allocation="global"), LoRD(rank=5, centered=False), EoRA(rank=3, sparsity="2:4", group_size=8),
         EoRA(ratio=0.5, group_size=16), Quantize(bits=8), Quantize(method="gptq"),
     ],
@@ -84,7 +82,6 @@ class Interrupted(Exception):
 def test_resumed_to_the_bit(tmp_path: Path, after: int) -> None:
     _, path, moments = model_on_disk(tmp_path)
     seen = load_calibration(moments)
-    compress_checkpoint(path, LoRD(ratio=0.5), tmp_path / "whole", TARGETS, calibration=seen)
     compress_checkpoint(path, LoRD(ratio=0.5, allocation="global"), tmp_path / "whole", TARGETS, calibration=seen)
     count = 0
 
@@ -95,11 +92,6 @@ def test_resumed_to_the_bit(tmp_path: Path, after: int) -> None:
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        compress_checkpoint(path, LoRD(ratio=0.5), tmp_path / "part", TARGETS, calibration=seen, progress=stop)
-    assert not (tmp_path / "part").exists()
-    steps: list[str] = []
-    report = compress_checkpoint(
-        path, LoRD(ratio=0.5), tmp_path / "part", TARGETS, calibration=seen, progress=lambda what, *_: steps.append(what)
         compress_checkpoint(
             path, LoRD(ratio=0.5, allocation="global"), tmp_path / "part", TARGETS, calibration=seen, progress=stop
         )
@@ -133,11 +125,6 @@ def test_what_was_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Mon
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        compress_checkpoint(path, SVD(ratio=0.5), tmp_path / "small", progress=stop)
-    first = len(calls)
-    compress_checkpoint(path, SVD(ratio=0.5), tmp_path / "small")
-    assert first + len(calls[first:]) <= 2 * 14 + 1
-    assert not set(calls[:14]) & set(calls[first:]) or len(calls) - first < 14
         compress_checkpoint(path, SVD(ratio=0.5, allocation="global"), tmp_path / "small", progress=stop)
     first = len(calls)
     compress_checkpoint(path, SVD(ratio=0.5, allocation="global"), tmp_path / "small")
@@ -242,7 +229,6 @@ def test_chosen_layers(tmp_path: Path) -> None:
         "conv.weight": torch.ones(4, 4, 3),
     }  # fmt: skip
     save_file(tensors, path)
-    checkpoint = load_safetensors(path)
     checkpoint = open_checkpoint(path)
     assert linear_layers(checkpoint) == ["h.0.fc"]
     assert linear_layers(checkpoint, "fc|lm_head") == ["h.0.fc", "lm_head"]
@@ -268,7 +254,6 @@ def test_refusals(tmp_path: Path) -> None:
     ):
         with pytest.raises(error, match=words):
             call()
-        assert not (tmp_path / "small").exists()
         assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "moments.safetensors"}
     weights = load_file(path)
     weights["blocks.0.attn.q_proj.weight"][0, 0] = torch.nan

@@ -201,7 +201,6 @@ def merge(
 def compress(
     checkpoint: Annotated[Path, typer.Argument(help="A .safetensors file, a shard index, or a folder with either.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder; corollary.compress.load reads it.")],
-    method: Annotated[str, typer.Option(help="svd, lord, feature-pca, eora, quantize or gptq.")] = "svd",
     method: Annotated[str, typer.Option(help="svd, lord, two-sided, feature-pca, eora, quantize or gptq.")] = "svd",
     ratio: Annotated[
         float | None,
@@ -221,7 +220,6 @@ def compress(
     transposed: Annotated[
         str | None, typer.Option(metavar="REGEX", help="Layers that store in × out, as GPT-2's c_attn, c_proj and c_fc do.")
     ] = None,
-    allocation: Annotated[str | None, typer.Option(help="Ranks by one budget, global, or uniform.")] = None,
     allocation: Annotated[
         str | None, typer.Option(help="Ranks by one budget, global, or uniform [default: global for two-sided].")
     ] = None,

@@ -173,9 +173,6 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _numbers(module: nn.Module) -> int:
-    count = getattr(module, "number_of_parameters", None)
-    own = count() if callable(count) else sum(p.numel() for p in module._parameters.values() if p is not None)
-    return own + sum(_numbers(child) for child in module.children())
     """Parameters, shared ones counted once; codes of packed weights count too."""
     found: dict[int, int] = {}
     for part in module.modules():
@@ -242,7 +239,6 @@ def compress(
     if not inplace:
         model = copy.deepcopy(model)
     moments: Mapping[str, Moments] = {}
-    if config.calibrated and not (sequential and not config_needs_all(config)):
     if config.calibrated and not (sequential and not config.searches):
         moments = calibrate(model, data, _exactly(names)) if data is not None else cast(Calibration, calibration)
     for name in names if moments else ():
@@ -272,11 +268,6 @@ def compress(
     )
     model.__dict__[_REGISTRY] = registry
     return model
-
-
-def config_needs_all(config: CompressConfig) -> bool:
-    """Whether the choice among layers looks at all their moments before the first one is replaced."""
-    return bool(getattr(config, "allocation", "uniform") == "global" and getattr(config, "rank", None) is None)
 
 
 def _exactly(names: Sequence[str]) -> list[str]:

@@ -39,7 +39,6 @@ def allocate_ranks(
     dense it costs :math:`d_l` and errs by nothing, so a rank at or above :math:`d_l / c_l` is never taken. For every price μ of a unit
     of budget the choice
 
-    .. math:: r_l(\mu) = \arg\min_r\; e_l(r) + \mu\, c_l r
     .. math:: \min_r\; e_l(r) + \mu\, c_l r
 
     is that of the least total error among all that cost no more (Lagrangian duality). Those choices are the corners of each layer's
@@ -143,7 +142,6 @@ def uniform_ranks(costs: Sequence[float], dense: Sequence[float], ratio: float, 
     Args:
         costs, dense: as in `allocate_ranks`.
         ratio: the share of each layer's dense cost to keep, in (0, 1]; 1 leaves a layer dense.
-        multiple_of: ranks are rounded down to a multiple of this, but not to 0.
         multiple_of: ranks are rounded down to a multiple of this.
 
     Raises:
@@ -153,8 +151,6 @@ def uniform_ranks(costs: Sequence[float], dense: Sequence[float], ratio: float, 
         >>> uniform_ranks([20, 20], [100, 100], 0.5).ranks
         (2, 2)
     """
-    ranks = [
-        None if ratio >= 1 else max(multiple_of, int(ratio * d / c * (1 + 1e-12)) // multiple_of * multiple_of)
     for c, d in zip(costs, dense, strict=True):
         if ratio < 1 and c * multiple_of > ratio * d * (1 + 1e-12):
             raise ValueError(

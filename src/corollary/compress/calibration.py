@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -102,9 +102,6 @@ class StoredCalibration(Calibration):
         if not self.path.is_file():
             raise ValueError(f"'path': there is no file '{path}'")
         try:
-            self._file = safe_open(str(path), framework="pt")
-            metadata = self._file.metadata() or {}
-            keys = set(self._file.keys())
             opened: Any = safe_open(str(path), framework="pt")
             metadata, keys = opened.metadata() or {}, set(opened.keys())
         except (SafetensorError, OSError) as error:
@@ -119,7 +116,6 @@ class StoredCalibration(Calibration):
             for part in ("second", "mean"):
                 if f"{name}.{part}" not in keys:
                     raise ValueError(f"'path': '{path}' counts layer '{name}' and has no tensor '{name}.{part}'")
-        self._counts, self._keys = counts, keys
         self._file, self._counts, self._keys = opened, counts, keys
 
     def __getitem__(self, name: str) -> Moments:
@@ -213,7 +209,6 @@ def _watching(layers: Mapping[str, nn.Module], seen: Mapping[str, _Accumulator],
         def call(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
             seen[name].see(first_tensor(args, kwargs), state["mask"])
             if state["loss"] and out.requires_grad:
-                out.register_hook(lambda g: seen[name].see_gradient(g, state["mask"]))
                 out.register_hook(lambda g: seen[name].see_gradient(g, state["mask"]))  # type: ignore[no-untyped-call]
 
         return call
@@ -318,5 +313,4 @@ def _one_pass(
             batches += 1
     if not batches:
         raise ValueError("'data' is empty")
-    return {name: cast(_Accumulator, seen[name]).moments(name) for name in layers}
     return {name: seen[name].moments(name) for name in layers}

@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
 from typing import Any
 
 import torch
@@ -17,12 +16,6 @@ from torch import Tensor, nn
 
 from corollary import __version__
 from corollary.adapt.site import Site
-from corollary.compress.base import CompressConfig, Place, Step, config_needs_all
-from corollary.compress.calibration import Calibration, Moments
-from corollary.compress.lowrank import LowRank
-from corollary.compress.report import CompressionReport, LayerReport
-from corollary.compress.state import MANIFEST, manifest_of
-from corollary.data import CheckpointWriter, SafetensorsFile, TensorSpec, WriteError, load_safetensors
 from corollary.compress.base import CompressConfig, Place, Step
 from corollary.compress.calibration import Calibration, Moments, StoredCalibration
 from corollary.compress.lowrank import LowRank
@@ -43,15 +36,12 @@ class _Stored(nn.Linear):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
 
 class StoredPlace(Place):
     """A layer of a checkpoint: weight and moments are read when they are looked at, and not kept."""
 
-    def __init__(self, name: str, checkpoint: SafetensorsFile, calibration: Mapping[str, Moments], transposed: bool) -> None:
-        rows, columns = checkpoint.shape(f"{name}.weight")
     def __init__(self, name: str, checkpoint: Checkpoint, calibration: Mapping[str, Moments], transposed: bool) -> None:
         rows, columns = checkpoint[f"{name}.weight"].shape
         shape = (columns, rows) if transposed else (rows, columns)
@@ -61,20 +51,11 @@ class StoredPlace(Place):
         }.items():  # fmt: skip
             object.__setattr__(self, key, value)
 
-    checkpoint: SafetensorsFile
     checkpoint: Checkpoint
     calibration: Mapping[str, Moments]
     transposed: bool
 
     @property
-    def layer(self) -> nn.Module:  # type: ignore[override]
-        """The layer, read from disk."""
-        weight = self.checkpoint[f"{self.name}.weight"]
-        bias = self.checkpoint[f"{self.name}.bias"] if self.has_bias else None
-        return _Stored(weight.T if self.transposed else weight, bias)
-
-    @property
-    def moments(self) -> Moments | None:  # type: ignore[override]
     def layer(self) -> nn.Module:
         """The layer, read from disk."""
         weight = self.checkpoint.tensor(f"{self.name}.weight")
@@ -89,7 +70,6 @@ class StoredPlace(Place):
     @property
     def dtype(self) -> torch.dtype:
         """Of the stored weight, from the header."""
-        return _FLOATING[self.checkpoint.dtype(f"{self.name}.weight")]
         return _FLOATING[self.checkpoint[f"{self.name}.weight"].dtype]
 
     @property
@@ -105,16 +85,6 @@ class StoredPlace(Place):
         return nn.Linear(self.site.in_features, self.site.out_features, bias=self.has_bias, device="meta", dtype=self.dtype)
 
 
-def _reader(path: str | Path) -> SafetensorsFile:
-    """The one place that opens a checkpoint."""
-    return load_safetensors(path)
-
-
-def linear_layers(checkpoint: SafetensorsFile, targets: str | None = None) -> list[str]:
-    """Names of the layers whose ``<name>.weight`` is a floating matrix, in the order of names.
-
-    Args:
-        checkpoint: as `corollary.data.load_safetensors` gives it.
 def _reader(path: str | Path) -> Checkpoint:
     """The one place that opens a checkpoint."""
     return open_checkpoint(path)
@@ -134,9 +104,6 @@ def linear_layers(checkpoint: Checkpoint, targets: str | None = None) -> list[st
         name.removesuffix(".weight")
         for name in checkpoint
         if name.endswith(".weight")
-        and checkpoint.dtype(name) in _FLOATING
-        and len(checkpoint.shape(name)) == 2
-        and min(checkpoint.shape(name)) > 1
         and checkpoint[name].dtype in _FLOATING
         and len(checkpoint[name].shape) == 2
         and min(checkpoint[name].shape) > 1
@@ -207,8 +174,6 @@ def compress_checkpoint(
     for file in checkpoint.files:
         if out.resolve() in (file.resolve(), file.resolve().parent):
             raise WriteError(f"{out}: holds '{file.name}', which is being compressed; give another place")
-    if out.suffix == ".safetensors":
-        raise WriteError(f"{out}: a compressed model is a folder, with its manifest; give a name without suffix")
     if out.suffix == ".safetensors" or out.is_file():
         raise WriteError(f"{out}: a compressed model is a folder, with its manifest; give a new name without suffix")
     if out.is_dir() and any(out.iterdir()):  # the writer would say so too, but after hours of work on spectra
@@ -230,10 +195,6 @@ def compress_checkpoint(
             raise ValueError(f"the calibration knows none of the layers; it has '{next(iter(known))}', they are '{names[0]}'")
         names = have
         for name in names:  # sizes only: nothing is computed before everything fits
-            n = checkpoint.shape(f"{name}.weight")[0 if transposed and re.search(transposed, name) else 1]
-            if len(known[name].mean) != n:
-                raise ValueError(f"the calibration's layer '{name}' has {len(known[name].mean)} inputs, the checkpoint's {n}")
-    turned = re.compile(transposed) if transposed else None
             wanted, held = (
                 checkpoint[f"{name}.weight"].shape[0 if turned and turned.search(name) else 1],
                 _inputs_of(known, name),
@@ -248,7 +209,6 @@ def compress_checkpoint(
     identity = json.dumps([__version__, stamps, stamp, settings], default=str)
     tell = progress or (lambda what, done, total: None)
     spectra = out.parent / f".{out.name}.spectra"
-    choices = _choose(config, places, _Spectra(spectra, identity, fresh), tell)
     with _Spectra(spectra, identity, fresh) as found:
         choices = _choose(config, places, found, tell)
 
@@ -262,7 +222,6 @@ def compress_checkpoint(
         identity=identity + json.dumps(choices),
         fresh=fresh,
     )
-    rows = _Rows(spectra)
     with writer:
         total, done = sum(spec.nbytes for spec in specs.values()), 0
         pending = set(writer.pending)
@@ -270,9 +229,6 @@ def compress_checkpoint(
         tell("layers", done, total)
         kept = set(specs).difference(*made.values())
         for layer, own in [*made.items(), *((None, [name]) for name in specs if name in kept)]:
-            if pending.isdisjoint(own) and (layer is None or layer in rows.found):
-                continue
-            tensors = {own[0]: checkpoint[own[0]]} if layer is None else _make(config, *chosen[layer], rows)
             if pending.isdisjoint(own) and (layer is None or layer in found.errors):
                 continue
             tensors = {own[0]: checkpoint.tensor(own[0])} if layer is None else _make(config, *chosen[layer], found)
@@ -281,8 +237,6 @@ def compress_checkpoint(
                 done += specs[name].nbytes
             tell("layers", done, total)
             del tensors
-            checkpoint.close()  # what was mapped counts as this process's memory until it is let go
-        report = _report(checkpoint, config, places, chosen, rows, specs, made, time.perf_counter() - begin)
         report = _report(checkpoint, config, places, chosen, found.errors, specs, made, time.perf_counter() - begin)
         layers = {name: config.spec(place, choice) for name, (place, choice) in chosen.items()}
         with tempfile.TemporaryDirectory() as folder:
@@ -296,51 +250,6 @@ def compress_checkpoint(
 
 
 class _Spectra:
-    """What each layer errs by at every rank, kept line by line, so that an interrupted search goes on."""
-
-    def __init__(self, path: Path, identity: str, fresh: bool) -> None:
-        self.path, self.found = path, cast("dict[str, list[float]]", {})
-        if not path.parent.is_dir():
-            raise WriteError(f"{path.parent}: there is no such folder")
-        if path.is_file() and not fresh:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            if lines and lines[0] == json.dumps(identity):
-                for line in lines[1:]:
-                    try:
-                        row = json.loads(line)
-                    except json.JSONDecodeError:
-                        break  # the line that was being written
-                    if "errors" in row:
-                        self.found[row["layer"]] = row["errors"]
-                    # rows of layers that are done stay in the file for the report
-                return
-        path.write_text(json.dumps(identity) + "\n", encoding="utf-8")
-
-    def add(self, layer: str, errors: Tensor) -> None:
-        """Keep one layer's errors."""
-        self.found[layer] = errors.tolist()
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"layer": layer, "errors": self.found[layer]}) + "\n")
-
-
-class _Rows:
-    """The error of each finished layer, kept beside the spectra for the report of work that was interrupted."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.found: dict[str, float | None] = {}
-        for line in path.read_text(encoding="utf-8").splitlines()[1:]:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if "error" in row:
-                self.found[row["layer"]] = row["error"]
-
-    def add(self, layer: str, error: float | None) -> None:
-        self.found[layer] = error
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"layer": layer, "error": error}) + "\n")
     """What each layer errs by at every rank, and by what it errs in the end, kept line by line: interrupted work goes on from it."""
 
     def __init__(self, path: Path, identity: str, fresh: bool) -> None:
@@ -406,16 +315,11 @@ def _inputs_of(calibration: Mapping[str, Moments], name: str) -> int:
 def _choose(
     config: CompressConfig, places: Sequence[StoredPlace], spectra: _Spectra, tell: Callable[[str, int, int], None]
 ) -> Sequence[int | None]:
-    if not (isinstance(config, LowRank) and config_needs_all(config) and config.ratio != 1):
     if not (isinstance(config, LowRank) and config.searches):
         return config.choose(places)
     sizes = [place.site.out_features * place.site.in_features * place.itemsize for place in places]
     done, errors = 0, []
     for place, size in zip(places, sizes, strict=True):
-        if place.name not in spectra.found:
-            spectra.add(place.name, config.relative_errors(place))
-            place.checkpoint.close()
-        errors.append(torch.tensor(spectra.found[place.name], dtype=torch.float64))
         if place.name not in spectra.spectra:
             spectra.add_spectrum(place.name, config.errors(place))
         errors.append(torch.tensor(spectra.spectra[place.name], dtype=torch.float64))
@@ -428,7 +332,6 @@ Chosen = Mapping[str, tuple[StoredPlace, int]]
 
 
 def _planned(
-    checkpoint: SafetensorsFile, config: CompressConfig, chosen: Chosen
     checkpoint: Checkpoint, config: CompressConfig, chosen: Chosen
 ) -> tuple[dict[str, TensorSpec], dict[str, list[str]]]:
     """Every tensor of the output with its size, and the tensors of each layer that is made."""
@@ -437,7 +340,6 @@ def _planned(
     for name in checkpoint:
         layer, _, part = name.rpartition(".")
         if layer not in chosen or part not in ("weight", "bias"):
-            specs[name] = TensorSpec(checkpoint.dtype(name), checkpoint.shape(name))
             specs[name] = TensorSpec(checkpoint[name].dtype, checkpoint[name].shape)
         elif part == "weight":
             place, choice = chosen[layer]
@@ -447,9 +349,6 @@ def _planned(
     return specs, made
 
 
-def _make(config: CompressConfig, place: StoredPlace, choice: int, rows: _Rows) -> dict[str, Tensor]:
-    new = config.replace(place, choice)
-    rows.add(place.name, new.error)
 def _make(config: CompressConfig, place: StoredPlace, choice: int, found: _Spectra) -> dict[str, Tensor]:
     new = config.replace(place, choice)
     found.add_error(place.name, new.error)
@@ -457,11 +356,6 @@ def _make(config: CompressConfig, place: StoredPlace, choice: int, found: _Spect
 
 
 def _report(
-    checkpoint: SafetensorsFile,
-    config: CompressConfig,
-    places: Sequence[StoredPlace],
-    chosen: Chosen,
-    rows: _Rows,
     checkpoint: Checkpoint,
     config: CompressConfig,
     places: Sequence[StoredPlace],
@@ -471,7 +365,6 @@ def _report(
     made: Mapping[str, Sequence[str]],
     seconds: float,
 ) -> CompressionReport:
-    old = {name: TensorSpec(checkpoint.dtype(name), checkpoint.shape(name)) for name in checkpoint}
     old = {name: TensorSpec(checkpoint[name].dtype, checkpoint[name].shape) for name in checkpoint}
 
     def count(shapes: Mapping[str, TensorSpec], names: Sequence[str]) -> tuple[int, int]:
@@ -498,7 +391,6 @@ def _report(
                 bytes_before=before[1],
                 macs=m * n if choice is None else dense + choice * (m + n),
                 macs_before=m * n,
-                error=0.0 if choice is None else rows.found.get(place.name),
                 error=0.0 if choice is None else errors.get(place.name),
             )
         )

@@ -173,7 +173,6 @@ class EoRA(Quantize):
         True
 
     Source: Liu et al., "EoRA: Training-free Compensation for Compressed LLM with Eigenspace Low-Rank Approximation",
-    arXiv 2410.21271, section 3 and Algorithm 1.
     arXiv 2410.21271; the steps are those of eora.py in the authors' code.
     """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
 from typing import Any, cast
 
 import torch
@@ -73,7 +72,6 @@ def factored(layer: nn.Module, rank: int, *, bias: bool | None = None) -> Factor
     """
     site = Site.of(layer)
     weight = cast(Tensor, layer.weight)
-    where = {"device": weight.device, "dtype": weight.dtype}
     where: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     wanted = getattr(layer, "bias", None) is not None if bias is None else bias
     n, m = site.in_features, site.out_features
@@ -90,12 +88,6 @@ def factored(layer: nn.Module, rank: int, *, bias: bool | None = None) -> Factor
             down = kind(
                 layer.in_channels,
                 rank,
-                layer.kernel_size,  # type: ignore[arg-type]
-                layer.stride,  # type: ignore[arg-type]
-                layer.padding,  # type: ignore[arg-type]
-                layer.dilation,  # type: ignore[arg-type]
-                bias=False,
-                padding_mode=layer.padding_mode,
                 cast(Any, layer.kernel_size),
                 cast(Any, layer.stride),
                 cast(Any, layer.padding),

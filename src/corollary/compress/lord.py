@@ -21,11 +21,6 @@ class LoRD(LowRank):
     Args:
         ratio: the share to keep of the weights of all chosen layers together, in (0, 1].
         rank: instead of ``ratio``: one rank for all, a share of the smaller side, or layer's name to rank.
-        allocation: 'global', or 'uniform' as in the paper, where every layer of a kind gets the same rank.
-        multiple_of, budget, damping, metric, centered: see `LowRank`.
-
-    Deviations: ranks are chosen layer by layer under one budget, where the paper gives all layers of one kind the same rank; factors
-    are balanced. Layers without a bias get one for the mean; ``centered=False`` leaves them without.
         allocation: 'uniform' as in the paper, where every layer of a kind gets the same rank (None means that too), or 'global'.
         multiple_of, budget, damping, metric, centered: see `LowRank`.
 
@@ -45,7 +40,6 @@ class LoRD(LowRank):
         torch.Size([8, 16, 256])
 
     Source: Kaushal, Vaidhya and Rish, "LORD: Low Rank Decomposition Of Monolingual Code LLMs For One-Shot Compression",
-    arXiv 2309.14021, section 3.
     arXiv 2309.14021, by the decomposition of Yu and Wu, AAAI 2023, see `FeaturePCA`.
     """
 

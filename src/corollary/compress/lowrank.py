@@ -55,8 +55,6 @@ class LowRank(CompressConfig):
         metric: 'none', 'inputs', 'outputs' (needs calibration with a loss), or 'both'.
         centered: take the inputs' mean off and put what it loses into a bias, which layers without one get.
         budget: what ``ratio`` is a share of: 'parameters' of the weights, 'macs' over the calibration data, or 'bytes'.
-        allocation: 'global' spends the budget where it takes off the most error, relative to each layer's output, see
-            `allocate_ranks`; 'uniform' keeps the same share of every layer.
         allocation: 'global' spends the budget where it takes off the most error, see `allocate_ranks`; 'uniform' keeps the same share
             of every layer. None: global where the metric has the outputs in it, so that the errors of all layers are in one unit, the
             loss's; else uniform. Global without that unit goes by each layer's error relative to its own output, which need not be what
@@ -75,8 +73,6 @@ class LowRank(CompressConfig):
         >>> from corollary.compress import LowRank, compress
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Tanh(), torch.nn.Linear(32, 32))
         >>> small = compress(model, LowRank(ratio=0.5, metric="inputs"), calibration=[torch.randn(64, 32)])
-        >>> small[0].rank + small[2].rank
-        16
         >>> small[0].rank, small[2].rank
         (8, 8)
     """
@@ -86,7 +82,6 @@ class LowRank(CompressConfig):
     metric: str = "none"
     centered: bool = False
     budget: str = "parameters"
-    allocation: str = "global"
     allocation: str | None = None
     multiple_of: int = 1
     damping: float = 1e-6
@@ -101,7 +96,6 @@ class LowRank(CompressConfig):
             if isinstance(rank, bool) or not ((rank >= 1 and rank == int(rank)) or 0 < rank < 1):
                 raise ValueError(f"'rank' must be at least 1, or a fraction in (0, 1), not {rank}")
         for name, allowed in (("metric", METRICS), ("budget", BUDGETS), ("allocation", ALLOCATIONS)):
-            if getattr(self, name) not in allowed:
             if getattr(self, name) not in allowed and (name, self.allocation) != ("allocation", None):
                 raise ValueError(f"'{name}' must be one of {', '.join(allowed)}, not '{getattr(self, name)}'")
         if self.multiple_of < 1:
@@ -136,13 +130,6 @@ class LowRank(CompressConfig):
             return [self._given(place) for place in places]
         assert self.ratio is not None
         costs, dense = zip(*(self.costs(place) for place in places), strict=True)
-        if self.allocation == "uniform" or self.ratio == 1:
-            return self._shrinking(places, uniform_ranks(costs, dense, self.ratio, multiple_of=self.multiple_of).ranks)
-        return self.allocate(places, [self.relative_errors(place) for place in places])
-
-    def relative_errors(self, place: Place) -> Tensor:
-        """The errors of rank 0, 1, ... on one layer, over the layer's size in the metric: float64, on the CPU."""
-        errors = self._solve(place).errors()
         if not self.searches:
             return self._shrinking(places, uniform_ranks(costs, dense, self.ratio, multiple_of=self.multiple_of).ranks)
         return self.allocate(places, [self.errors(place) for place in places])
@@ -276,7 +263,6 @@ class FeaturePCA(LowRank):
         >>> torch.allclose(small(x), layer(x), atol=1e-3)
         True
 
-    Source: Yu and Wu, "Compressing Transformers: Features Are Low-Rank, but Weights Are Not!", AAAI 2023, section 3.
     Source: Yu and Wu, "Compressing Transformers: Features Are Low-Rank, but Weights Are Not!", AAAI 2023.
     """
 

@@ -97,7 +97,6 @@ def weighted_low_rank(
         [[0.0, 0.0], [0.0, 1.0]]
 
     Sources: Eckart and Young (1936) for the plain case; Yu and Wu, "Compressing Transformers: Features Are Low-Rank, but Weights Are
-    Not!", AAAI 2023, equations 3 to 6, for the projection onto output features; Liu et al., "EoRA", arXiv 2410.21271, section 3.
     Not!", AAAI 2023, for the projection onto output features; Liu et al., "EoRA", arXiv 2410.21271, for that of an error.
     """
     m, n = _check_matrix(matrix)
@@ -125,7 +124,6 @@ def weighted_low_rank(
             raise ValueError(f"'mean' must be floating of shape ({n},), not {mean.dtype} of {tuple(mean.shape)}")
         centre = work @ mean.detach().to(work)
         gram = gram - torch.outer(centre, centre)
-    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
     del work, weighted  # what is not needed any more makes room: the decomposition takes three matrices of its own
     values, vectors = torch.linalg.eigh(gram)  # reads one triangle alone, so rounding's asymmetry does not count
     del gram
@@ -133,7 +131,6 @@ def weighted_low_rank(
     if turned is not None:
         vectors = turned @ vectors
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    vectors = vectors * torch.where(largest < 0, -1.0, 1.0).to(vectors)  # a decomposition leaves the sign open
     vectors.mul_(torch.where(largest < 0, -1.0, 1.0).to(vectors))  # a decomposition leaves the sign open
     if lower is None:
         return LowRankSolution(energy, matrix.detach(), vectors, vectors)

@@ -60,7 +60,6 @@ class Language:
         """Mean loss in nats a byte on held-out windows, the same for every model of this seed."""
         total, count = 0.0, 0
         x, y = self.stream.batch(windows, torch.Generator().manual_seed(self.seed + 2), split="val")
-        for a, b in zip(x.split(128), y.split(128), strict=True):
         for a, b in zip(torch.split(x, 128), torch.split(y, 128), strict=True):
             total += float(cross_entropy(model(a).flatten(0, 1), b.flatten(), reduction="sum"))
             count += b.numel()
@@ -132,7 +131,6 @@ def train(
         loss = cross_entropy(net(x).flatten(0, 1), y.flatten())
         total = loss if penalty is None else loss + penalty()
         optimizer.zero_grad(set_to_none=True)
-        total.backward()
         total.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()

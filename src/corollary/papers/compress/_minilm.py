@@ -41,7 +41,6 @@ class Docstrings:
 
     def batches(self, chosen: Tensor) -> list[dict[str, Tensor]]:
         """Texts as batches for calibration; padding is left out by the mask."""
-        return [{"hidden": self.hidden[part], "attention_mask": self.mask[part]} for part in chosen.split(20)]
         return [{"hidden": self.hidden[part], "attention_mask": self.mask[part]} for part in torch.split(chosen, 20)]
 
     @torch.no_grad()
@@ -49,7 +48,6 @@ class Docstrings:
         """Squared error of the model's states, summed over each of these texts' tokens: float64 (texts,)."""
         mask = self.mask[chosen]
         gap = model(self.hidden[chosen], mask) - self.states[chosen]
-        return (gap.double().square().sum(-1) * mask).sum(-1)
         errors: Tensor = (gap.double().square().sum(-1) * mask).sum(-1)
         return errors
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from corollary.claims import Exact, Paired, Ratio, Trial, claim
-from corollary.compress import Calibration, EoRA, Moments, PackedLinear, Quantize, calibrate, compress, two_four
 from corollary.compress import Calibration, EoRA, PackedLinear, Quantize, calibrate, compress, two_four
 from corollary.linalg import weighted_low_rank
 from corollary.papers.compress import _minilm as minilm
@@ -52,7 +51,6 @@ def quantize_oracle(
 
 
 def eora_oracle(weight: np.ndarray, bias: np.ndarray | None, x: np.ndarray, settings: EoRA, rank: int | None) -> np.ndarray:
-    """The paper's Algorithm 1 with its inverse, in numpy."""
     """The authors' steps with their inverse, in numpy."""
     assert settings.bits is not None
     rounded = nearest_oracle(weight, settings.bits, min(settings.group_size, weight.shape[1]))
@@ -88,17 +86,6 @@ def _trained(trial: Trial) -> Language:
 
 @claim(control={"aligned": False})
 def beats_svd_at_every_rank(trial: Trial, aligned: bool = True) -> Paired:
-    """Perplexity behind compensation of 2:4 and 4 bits, at the rank where EoRA leads plain SVD by the least."""
-    trained = _trained(trial)
-    seen = calibrate(trained.model, trained.calibration(), LINEAR)
-    used = seen if aligned else minilm.misplaced(seen, trial.seed)
-    ours, plain = [], []
-    for rank in RANKS:
-        for metric, moments, found in (("inputs", used, ours), ("none", seen, plain)):
-            small = compress(trained.model, EoRA(**PRUNED, rank=rank, metric=metric), LINEAR, calibration=moments)
-            found.append(trained.perplexity(small))
-    bare = trained.perplexity(compress(trained.model, Quantize(**PRUNED), LINEAR))
-    whole = trained.perplexity(trained.model)
     """Loss behind compensation of 2:4 and 4 bits, at the rank where EoRA leads plain SVD by the least."""
     trained = _trained(trial)
     seen = calibrate(trained.model, trained.calibration(), LINEAR)
@@ -116,11 +103,6 @@ def beats_svd_at_every_rank(trial: Trial, aligned: bool = True) -> Paired:
         x=list(RANKS),
         y={"EoRA": ours, "SVD": plain, "no compensation": [bare] * len(RANKS), "uncompressed": [whole] * len(RANKS)},
         xlabel="rank of the compensation",
-        ylabel="perplexity of held-out source",
-        log="x",
-    )
-    worst = max(range(len(RANKS)), key=lambda i: ours[i] - plain[i])
-    trial.log(worst_rank=RANKS[worst], uncompressed=whole, no_compensation=bare, **_apart(trained, used))
         ylabel="loss on held-out source, nats a byte",
         log="x",
     )
@@ -130,13 +112,6 @@ def beats_svd_at_every_rank(trial: Trial, aligned: bool = True) -> Paired:
 
 
 def _apart(trained: Language, seen: Calibration) -> dict[str, float]:
-    """Perplexities on top of 4 bits alone and of 2:4 alone, at rank 8."""
-    found = {}
-    for name, settings in (("int4", {"bits": 4, "group_size": 64}), ("two_four", {"bits": None, "sparsity": "2:4"})):
-        found[f"{name}_bare"] = trained.perplexity(compress(trained.model, Quantize(**settings), LINEAR))
-        for label, metric in (("eora", "inputs"), ("svd", "none")):
-            config = EoRA(**settings, rank=8, metric=metric)
-            found[f"{name}_{label}"] = trained.perplexity(compress(trained.model, config, LINEAR, calibration=seen))
     """Losses on top of 4 bits alone and of 2:4 alone, at rank 8."""
     found = {}
     for name, settings in (("int4", {"bits": 4, "group_size": 64}), ("two_four", {"bits": None, "sparsity": "2:4"})):
@@ -241,7 +216,6 @@ def _by_descent(model: nn.Module, calibration: Calibration, steps: int) -> nn.Mo
     for name, layer in small.named_modules():
         if isinstance(layer, PackedLinear):
             dense = cast(Tensor, model.get_submodule(name).weight).detach()
-            delta, moment = dense - layer.dense(), cast(Moments, calibration[name]).second.float()
             delta, moment = dense - layer.dense(), calibration[name].second.float()
             path = [layer.up.weight, layer.down.weight]
             optimizer = torch.optim.Adam(path, lr=0.003)

@@ -81,31 +81,6 @@ def rank_cut_under_one_percent(trial: Trial, leading: bool = True) -> Paired:
     return Paired(ours=ours, baseline=1.01 * whole)
 
 
-def best_svd(ratio: float) -> tuple[SVD, SVD]:
-    """Plain decomposition with ranks chosen globally and uniformly: the better one at each ratio is the baseline."""
-    return SVD(ratio=ratio), SVD(ratio=ratio, allocation="uniform")
-
-
-def against_svd(
-    trial: Trial,
-    model: nn.Module,
-    targets: Any,
-    calibration: Calibration,
-    measure: Callable[[nn.Module], float],
-    ratios: tuple[float, ...],
-    ylabel: str,
-) -> Paired:
-    """Ours and the baseline at the ratio where ours leads by the least, or trails by the most."""
-    ours, svd = [], []
-    for ratio in ratios:
-        ours.append(measure(compress(model, LoRD(ratio=ratio), targets, calibration=calibration)))
-        svd.append(min(measure(compress(model, plain, targets)) for plain in best_svd(ratio)))
-    trial.figure("against ratio", x=list(ratios), y={"LoRD": ours, "SVD": svd}, xlabel="share of weights kept", ylabel=ylabel)
-    worst = max(range(len(ratios)), key=lambda i: ours[i] - svd[i])
-    trial.log(worst_ratio=ratios[worst], **{f"gap_at_{ratio}": a - b for ratio, a, b in zip(ratios, ours, svd, strict=True)})
-    return Paired(ours=ours[worst], baseline=svd[worst])
-
-
 ALLOCATIONS = ("global", "uniform")
 
 
@@ -120,11 +95,6 @@ def ours_by_calibration(
 @claim(control={"aligned": False})
 def beats_weight_svd(trial: Trial, aligned: bool = True) -> Paired:
     """Perplexity of LoRD against plain decomposition, at the ratio where it leads by the least."""
-    trained = _trained(trial)
-    seen = calibrate(trained.model, trained.calibration(), LINEAR)
-    if not aligned:
-        seen = minilm.misplaced(seen, trial.seed, means=False)
-    return against_svd(trial, trained.model, LINEAR, seen, trained.perplexity, RATIOS, "perplexity of held-out source")
     trained, model = _trained(trial), _trained(trial).model
     seen = calibrate(model, trained.calibration(), LINEAR)
     if not aligned:
@@ -157,7 +127,6 @@ def beats_weight_svd_on_minilm(trial: Trial, aligned: bool = True) -> Paired:
     if not aligned:
         seen = minilm.misplaced(seen, trial.seed, means=False)
     ratios = trial.pick(smoke=(0.5,), laptop=(0.9, 0.7, 0.5))
-    ours = [data.error(compress(data.model, LoRD(ratio=r), minilm.LINEAR, calibration=seen), test) for r in ratios]
 
     def look(small: nn.Module) -> float:
         return data.error(small, chosen)
@@ -178,7 +147,6 @@ def _errors_of_svd(ratio: float) -> tuple[Tensor, ...]:
     """Plain decomposition looks at no data: its errors on all texts, once for all trials."""
     data = minilm.docstrings()
     everything = torch.arange(minilm.TEXTS)
-    return tuple(data.errors(compress(data.model, plain, minilm.LINEAR), everything) for plain in best_svd(ratio))
     plain = (compress(data.model, SVD(ratio=ratio, allocation=how), minilm.LINEAR) for how in ALLOCATIONS)
     return tuple(data.errors(small, everything) for small in plain)
 
@@ -202,7 +170,6 @@ def unbalanced(model: nn.Module, seed: int) -> nn.Module:
 def fits_with_quantization(trial: Trial, balanced: bool = True) -> Paired:
     """Perplexity of LoRD's factors in 8 bits against 1.01 times the original's."""
     trained = _trained(trial)
-    small = compress(trained.model, LoRD(ratio=0.7), LINEAR, calibration=trained.calibration())
     small = compress(trained.model, LoRD(ratio=0.7, allocation="global"), LINEAR, calibration=trained.calibration())
     if not balanced:
         small = unbalanced(small, trial.seed)
@@ -237,7 +204,6 @@ def _speed(trial: Trial, batch: int, config: LoRD) -> Ratio:
     return Ratio(ours=seconds["factored"], baseline=seconds["dense"])
 
 
-KEPT = LoRD(ratio=0.6, allocation="uniform", multiple_of=8)
 KEPT = LoRD(ratio=0.5, multiple_of=8)
 
 
