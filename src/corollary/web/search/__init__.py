@@ -1,6 +1,6 @@
 """Search by words and by meaning, and likeness. The contract for pages, API and digest::
 
-    search(store, query, filters=Filters(), *, after=None, size=20, mode="fusion") -> Results     # never raises on odd queries
+    search(store, query, filters=Filters(), *, after=None, size=20, mode="fusion") -> Results     # no query is an error
     similar(store, paper_id, *, size=10) -> list[tuple[PaperView, float]]                          # most alike first, cosine
     nearest_implemented(store, paper_id, *, size=3) -> list[tuple[PaperView, float]]               # among papers with a record
     like_text(store, text, *, size=10) -> list[tuple[PaperView, float]]                            # for digests: like these
@@ -14,6 +14,13 @@ A new paper is found by its words at once, because the index of words is written
 
 from __future__ import annotations
 
+from corollary.web.search.engine import catch_up, like_text, nearest_implemented, rank_for, search, similar, similar_ids
+from corollary.web.search.marks import excerpt, highlight
+from corollary.web.search.parse import parse
 from corollary.web.search.types import Filters, Hit, Mode, Parsed, Results
 
-__all__ = ["Filters", "Hit", "Mode", "Parsed", "Results"]
+__all__ = [
+    "Filters", "Hit", "Mode", "Parsed", "Results",
+    "catch_up", "excerpt", "highlight", "like_text", "nearest_implemented", "parse", "rank_for", "search", "similar",
+    "similar_ids",
+]  # fmt: skip
