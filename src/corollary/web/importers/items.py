@@ -135,7 +135,7 @@ def moment(value: object, name: str) -> datetime | None:
     except OverflowError as error:
         raise BadItem(f"{name} is out of range: {text[:60]!r}") from error
     # A time to come is a slip of the source; a day's grace covers zones.
-    if not 1900 <= found.year or found > datetime.now(UTC) + timedelta(days=366):
+    if found.year < 1900 or found > datetime.now(UTC) + timedelta(days=366):
         raise BadItem(f"{name} is {found.date()}; wanted from 1900 to at most a year from now")
     return found
 

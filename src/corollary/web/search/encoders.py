@@ -138,11 +138,12 @@ class Lsa:
             return unit((weights @ self.components[[self._rows[term] for term in row]])[None])
         from scipy.sparse import csr_matrix
 
+        rows = self._rows
         data: list[int] = []
         columns: list[int] = []
         starts = [0]
         for text in texts:
-            row = Counter(self._rows[term] for term in _stems(text) if term in self._rows)
+            row = Counter(rows[term] for term in _stems(text) if term in rows)
             columns += row.keys()
             data += row.values()
             starts.append(len(columns))

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from sqlalchemy import delete, func, insert, select, text
-from sqlalchemy.dialects import postgresql, sqlite
 
 from corollary.web.search import words as by_words
 from corollary.web.search.encoders import Encoder, Floats, Lsa, MiniLM, to_bytes, unit, wanted
@@ -302,7 +301,7 @@ def catch_up(store: Store, *, encoder: Encoder | None = None, progress: Callable
         with store.reading() as connection:
             total = connection.scalar(select(func.count()).select_from(Pending)) or 0
         builder = Builder(store, encoder.name, encoder.dims)
-        size = 64 if isinstance(encoder, MiniLM) else 4000
+        size = 64 if isinstance(encoder, MiniLM) else 8000
         done = 0
         while batch := _catch_up_batch(store, encoder, size):
             done += batch
@@ -332,16 +331,13 @@ def _catch_up_batch(store: Store, encoder: Encoder, size: int) -> int:
             same = [ids[place] for place in kept]
             session.execute(delete(Vector).where(Vector.paper_id.in_(same)))
             session.execute(delete(Pending).where(Pending.paper_id.in_(same)))
-            session.execute(
-                insert(Vector),
-                [{"paper_id": ids[i], "model": encoder.name, "vector": vectors[i].tobytes()} for i in kept],
-            )
-            upsert = postgresql.insert if store.dialect == "postgresql" else sqlite.insert
-            statement = upsert(Term)
-            session.execute(
-                statement.on_conflict_do_update(
-                    index_elements=[Term.term], set_={"papers": Term.papers + statement.excluded.papers}
-                ),
-                [{"term": term, "papers": n} for term, n in counts.items()],
+            vector_rows = [{"paper_id": ids[i], "model": encoder.name, "vector": vectors[i].tobytes()} for i in kept]
+            session.connection().execute(insert(Vector.__table__), vector_rows)
+            # Thousands of short rows: past the ORM, which would take longer than everything else.
+            mark = "%s" if store.dialect == "postgresql" else "?"
+            session.connection().exec_driver_sql(
+                f"INSERT INTO terms (term, papers) VALUES ({mark}, {mark}) "
+                "ON CONFLICT (term) DO UPDATE SET papers = terms.papers + excluded.papers",
+                sorted(counts.items()),
             )
     return len(kept) or _catch_up_batch(store, encoder, size)
