@@ -13,13 +13,15 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from corollary.web.store.papers import arxiv_id
+from corollary.web.store.papers import arxiv_id as arxiv_id
 
 MAX_ITEM = 1_000_000  # letters of one item as it came
 _LIMITS = {"title": 2000, "abstract": 50_000, "summary": 20_000, "comment": 5000, "venue": 1000, "organization": 500}
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 _TAG = re.compile(r"<[^<>]*>")
-_CODE = re.compile(r"https?://(?:www\.)?(?:github|gitlab)\.com/[\w.-]+/[\w.-]+|https?://(?:www\.)?bitbucket\.org/[\w.-]+/[\w.-]+")
+_CODE = re.compile(
+    r"https?://(?:www\.)?(?:github|gitlab)\.com/[\w.-]+/[\w.-]+|https?://(?:www\.)?bitbucket\.org/[\w.-]+/[\w.-]+"
+)
 
 
 class BadItem(ValueError):
@@ -200,6 +202,3 @@ def finish(item: Item) -> Item:
     if not item.title:
         raise BadItem("title is missing")
     return item
-
-
-__all__ = ["MAX_ITEM", "BadItem", "Item", "Raw", "arxiv_id", "code_in", "count", "doi_of", "finish", "make_key", "moment", "names", "web_address", "words"]  # fmt: skip

@@ -67,12 +67,15 @@ class Vocabulary:
                     buckets[known[0], len(known)].append(known)
             self._near = dict(buckets)
         letters = set(word)
-        near: list[tuple[int, int, str]] = []
-        for length in range(len(word) - 2, len(word) + 3):
-            for known in self._near.get((word[0], length), ()):
-                # Each edit brings at most two letters that only one of the words has, so most words fall out here.
-                if len(letters.symmetric_difference(known)) <= 4 and (edits := distance(word, known, 2)) <= 2:
-                    near.append((edits, -self.counts[known], known))
+        lengths = range(len(word) - 2, len(word) + 3)
+        # Each edit brings at most two letters that only one of the words has, so most words fall out before they are compared.
+        alike = (
+            known
+            for length in lengths
+            for known in self._near.get((word[0], length), ())
+            if len(letters.symmetric_difference(known)) <= 4
+        )
+        near = [(edits, -self.counts[known], known) for known in alike if (edits := distance(word, known, 2)) <= 2]
         return min(near)[2] if near else None
 
     def _one_edit(self, word: str) -> set[str]:

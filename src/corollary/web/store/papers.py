@@ -212,7 +212,7 @@ def days(store: Store, first: date, last: date) -> dict[date, int]:
     """How many papers each day from ``first`` to ``last`` has; days without any are left out."""
     query = select(Paper.day, func.count()).where(Paper.day.between(first, last)).group_by(Paper.day).order_by(Paper.day)
     with store.reading() as connection:
-        return {day: count for day, count in connection.execute(query)}
+        return dict(connection.execute(query).tuples().all())
 
 
 def trending(store: Store, today: date | None = None, *, size: int = PAGE) -> list[tuple[PaperView, float]]:

@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from corollary.web.store.engine import Store
 from corollary.web.store.schema import VerdictChange, VerdictState, now
@@ -48,6 +49,5 @@ def record_verdicts(store: Store, rows: Iterable[Mapping[str, Any]]) -> list[Ver
 
 def verdict_changes_since(store: Store, moment: datetime) -> list[VerdictChange]:
     """The changes logged after a moment, oldest first."""
-    with store.writing() as session:
-        session.expire_on_commit = False
+    with store.reading() as connection, Session(connection, expire_on_commit=False) as session:
         return list(session.scalars(select(VerdictChange).where(VerdictChange.at > moment).order_by(VerdictChange.id)))
