@@ -20,7 +20,8 @@ SOURCE = "first-issue"
 
 @cache
 def entries() -> tuple[dict[str, Any], ...]:
-    """The file as it stands: one object to each paper. ``date`` is a day, a month or a year, as far as it is known."""
+    """The file as it stands: one object to each paper. ``date`` is a day or a month, as far
+    as it is known; ``partial_authors`` says that there are more authors than those named."""
     text = (files("corollary.web") / "data" / "first_issue.jsonl").read_text(encoding="utf-8")
     return tuple(json.loads(line) for line in text.splitlines())
 
@@ -31,7 +32,8 @@ def _with_record(entry: dict[str, Any], record: Paper | None) -> dict[str, Any]:
         return entry
     facts = {"title": record.title, "authors": list(record.authors), "arxiv": record.arxiv, "date": record.date or str(record.year),
              "venue": record.venue, "code": record.code, "url": record.url}  # fmt: skip
-    return {**entry, **{name: value for name, value in facts.items() if value}}
+    known = {name: value for name, value in entry.items() if name != "partial_authors" or not record.authors}
+    return {**known, **{name: value for name, value in facts.items() if value}}
 
 
 def _item(entry: dict[str, Any]) -> Item:
@@ -46,7 +48,7 @@ def _item(entry: dict[str, Any]) -> Item:
         day=published.date(), source=SOURCE, slug=entry["slug"], arxiv=arxiv, authors=authors, summary=entry["summary"],
         keywords=(entry["package"],), published=published if exact else None, url=url, code=code,
         code_added_by="corollary" if code else None, venue=entry.get("venue") or None,
-        extra={SOURCE: {"date": entry.get("date") or str(entry["year"])}},
+        extra={SOURCE: {**({"partial_authors": True} if entry.get("partial_authors") else {}), "date": entry.get("date") or str(entry["year"])}},
     )  # fmt: skip
 
 

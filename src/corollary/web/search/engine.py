@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
 import weakref
@@ -25,6 +26,7 @@ FUSION = 60  # of reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2
 DEPTH = 100  # papers by meaning that take part
 MOST = 200  # papers that a search can be paged through
 _SAMPLE = 20_000  # papers that latent semantic analysis learns from
+_SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*", re.ASCII)
 _FRESH = 60.0  # seconds that the counts of words may be old
 
 
@@ -104,7 +106,7 @@ def search(
     """Find papers by words and by meaning.
 
     The two rankings are fused by reciprocal rank: :math:`\\sum 1 / (60 + \\text{rank})`. A query that names a paper (arXiv id, DOI,
-    address) gives that paper first.
+    address, or the name of its record) gives that paper first.
 
     Args:
         store: the store.
@@ -130,7 +132,8 @@ def search(
     filters = filters or Filters()
     tool = searcher(store)
     parsed = parse(query)
-    named = get_paper(store, parsed.name) if parsed.name else None
+    name = parsed.name or query.strip().lower()
+    named = get_paper(store, name) if parsed.name or _SLUG.fullmatch(name) else None
     with store.reading() as connection:
         missing = by_words.missing(connection, parsed.words, tool.vocabulary) if len(parsed.words) <= 30 else set()
         if missing:
