@@ -114,7 +114,7 @@ def read(text: str) -> Iterator[Raw]:
                 where,
                 raw,
                 None,
-                f"not readable as BibTeX: {str(getattr(block, 'error', 'broken entry')).splitlines()[0][:200]}",
+                f"not readable as BibTeX: {' '.join(str(getattr(block, 'error', None) or 'broken entry').split())[:200]}",
             )
         elif type(block).__name__ == "Entry":
             try:

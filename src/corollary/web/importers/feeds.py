@@ -86,7 +86,7 @@ def read(body: bytes) -> Iterator[Raw]:
     if _ENTITY.search(body[:65_536]):
         raise BadAnswer("the feed declares entities, which are not read")
     parsed = feedparser.parse(body, sanitize_html=True, resolve_relative_uris=False)
-    if not parsed.version and not parsed.entries:
+    if not parsed.get("version") and not parsed.entries:
         reason = str(parsed.get("bozo_exception", "no feed in it"))
         raise BadAnswer(f"not readable as RSS or Atom: {reason[:200]}")
     for place, entry in enumerate(parsed.entries):

@@ -60,7 +60,10 @@ def read_item(data: Any) -> Item:
     if listed is None and outer:
         listed = moment(outer.get("publishedAt"), "publishedAt")
     day = listed or published
-    authors = names([a for a in paper.get("authors") or () if not (isinstance(a, dict) and a.get("hidden"))], "authors")
+    people = paper.get("authors")
+    if isinstance(people, list):
+        people = [person for person in people if not (isinstance(person, dict) and person.get("hidden"))]
+    authors = names(people, "authors")
     organization = paper.get("organization") or outer.get("organization")
     code = web_address(paper.get("githubRepo"), "githubRepo")
     more = {key: value for key, value in paper.items() if key not in _OWN}
@@ -109,7 +112,12 @@ def read_plain(data: Any) -> Item:
     """
     if not isinstance(data, dict):
         raise BadItem(f"an item must be an object, not {type(data).__name__}")
-    if isinstance(data.get("paper"), dict) or "submittedOnDailyAt" in data or "githubRepo" in data:
+    if (
+        isinstance(data.get("paper"), dict)
+        or ("paper" in data and "title" not in data)
+        or "submittedOnDailyAt" in data
+        or "githubRepo" in data
+    ):
         return read_item(data)
     taken = set()
 

@@ -16,14 +16,14 @@ from sqlalchemy import delete, func, insert, select, text
 from corollary.web.search import words as by_words
 from corollary.web.search.encoders import Encoder, Floats, Lsa, MiniLM, to_bytes, unit, wanted
 from corollary.web.search.parse import correct, parse, plain
-from corollary.web.search.text import STOP, tokens
+from corollary.web.search.text import tokens
 from corollary.web.search.types import Filters, Hit, Mode, Results
 from corollary.web.search.vectors import Builder, VectorIndex, current_model, index_lock
 from corollary.web.search.vocabulary import MAX_LENGTH, Vocabulary
 from corollary.web.store import Meta, Paper, PaperView, Pending, Store, Term, Vector, get_paper, views
 
 FUSION = 60  # of reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009)
-DEPTH = 100  # papers by meaning that take part
+DEPTH = 60  # papers by meaning that take part
 MOST = 200  # papers that a search can be paged through
 _SAMPLE = 20_000  # papers that latent semantic analysis learns from
 _SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*", re.ASCII)
@@ -324,7 +324,7 @@ def _catch_up_batch(store: Store, encoder: Encoder, size: int) -> int:
     vectors = to_bytes(encoder.encode([_text(*row[1:]) for row in rows]))
     counts: Counter[str] = Counter()
     for row in rows:
-        counts.update({word for word in tokens(_text(*row[1:])) if 2 < len(word) <= MAX_LENGTH and word not in STOP})
+        counts.update({word for word in tokens(_text(*row[1:])) if len(word) <= MAX_LENGTH})
     with store.writing() as session:
         # Who changed a paper meanwhile left it pending; it is taken again.
         ids = [row[0] for row in rows]

@@ -30,6 +30,7 @@ class Vocabulary:
         for word, count in counts.items():
             stems[stem(word)] += count
         self._stems = dict(stems)
+        self.most = max(stems.values(), default=0)
 
     @classmethod
     def load(cls, store: Store) -> Vocabulary:

@@ -24,9 +24,9 @@ from corollary.web.search.types import Filters, Parsed
 from corollary.web.search.vocabulary import Vocabulary
 from corollary.web.store import Store
 
-BUDGET = 3000  # postings that a ranking by the engine may read
-TOGETHER = 80  # papers taken that have all words
-RANKED = 80  # papers taken by the engine's ranking
+BUDGET = 600  # postings that a ranking by the engine may read
+TOGETHER = 40  # papers taken that have all words
+RANKED = 40  # papers taken by the engine's ranking
 SECONDS = 0.25  # of one statement: a query made to be slow ends with what it has
 _WEIGHTS = "4.0, 3.0, 1.0, 1.5, 2.0"  # title, authors, abstract, summary, keywords
 
@@ -142,7 +142,9 @@ class _Plan:
         if spent > BUDGET and self.rare and self.counts[self.rare[0]] > BUDGET:
             self.rare = []
         self.whole = len(self.rare) == len(self.words)
-        self.together = self.words[:10]
+        # Words that stand in a tenth of the papers and more tell little, and an engine that skips through their lists is slow.
+        telling = [word for word in self.words if 10 * self.counts[word] < vocabulary.most]
+        self.together = (telling if len(telling) > 1 else self.words[:2])[:4]
 
 
 def find(store: Store, connection: Connection, parsed: Parsed, vocabulary: Vocabulary, filters: Filters) -> list[int]:
@@ -184,7 +186,9 @@ def _find_sqlite(connection: Connection, parsed: Parsed, plan: _Plan, filters: F
     together = ask(all_of(plan.together), "w.rowid DESC", TOGETHER)
     found.update(dict.fromkeys(together))
     if len(together) >= TOGETHER:  # so many have all words that those with all of them in the title come first
-        found.update(dict.fromkeys(ask(f"{{title}} : ({' AND '.join(map(_quoted, plan.together))})", "w.rowid DESC", TOGETHER)))
+        found.update(
+            dict.fromkeys(ask(f"{{title}} : ({' AND '.join(map(_quoted, plan.together[:3]))})", "w.rowid DESC", TOGETHER))
+        )
     if plan.rare:
         some = " OR ".join(map(_quoted, plan.rare))
         found.update(dict.fromkeys(ask(" AND ".join([*(f"({part})" for part in must), f"({some})"]), ranked, RANKED)))

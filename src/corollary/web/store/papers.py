@@ -6,6 +6,7 @@ costs the same however far down it is.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -94,6 +95,28 @@ def _view(row: RowMapping) -> PaperView:
     return PaperView(*row.values())
 
 
+_NAMES = ", ".join(PaperView.__slots__)
+_AT = {name: place for place, name in enumerate(PaperView.__slots__)}
+_LINES = [_AT[name] for name in ("authors", "keywords", "categories")]
+_TIMES = [_AT[name] for name in ("published", "updated", "created_at", "changed_at")]
+_JSON = [_AT[name] for name in ("links", "extra")]
+_DAY = _AT["day"]
+
+
+def _decode(row: Sequence[Any]) -> PaperView:
+    """A row of SQLite's driver, as the column types of the schema would read it."""
+    values = list(row)
+    values[_DAY] = date.fromisoformat(values[_DAY])
+    for place in _LINES:
+        values[place] = tuple(values[place].split("\n")) if values[place] else ()
+    for place in _TIMES:
+        if values[place] is not None:
+            values[place] = datetime.fromisoformat(values[place]).replace(tzinfo=UTC)
+    for place in _JSON:
+        values[place] = json.loads(values[place])
+    return PaperView(*values)
+
+
 def _cursor(after: str | None) -> tuple[int, int] | None:
     if after is None:
         return None
@@ -128,8 +151,13 @@ def papers_by_id(store: Store, ids: Sequence[int]) -> list[PaperView]:
 
 def views(connection: Connection, ids: Sequence[int]) -> list[PaperView]:
     """As `papers_by_id`, on a connection at hand."""
-    rows = connection.execute(select(*_COLUMNS).where(Paper.id.in_(ids))).mappings()
-    by_id = {row["id"]: _view(row) for row in rows}
+    if connection.dialect.name == "sqlite":
+        # Every page reads papers; the driver's rows, decoded here, take a third of the time.
+        names = ", ".join(str(int(i)) for i in ids)
+        found = map(_decode, connection.exec_driver_sql(f"SELECT {_NAMES} FROM papers WHERE id IN ({names})"))
+    else:
+        found = map(_view, connection.execute(select(*_COLUMNS).where(Paper.id.in_(ids))).mappings())
+    by_id = {paper.id: paper for paper in found}
     return [by_id[i] for i in ids if i in by_id]
 
 
