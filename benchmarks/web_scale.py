@@ -12,7 +12,41 @@ from typing import Any
 
 import numpy as np
 
-_SYLLABLES = [c + v for c in "b c d f g h j k l m n p r s t v w z br cl dr fl gr pl pr st tr th sh".split() for v in "aeiou"]
+_SYLLABLES = [
+    c + v
+    for c in [
+        "b",
+        "c",
+        "d",
+        "f",
+        "g",
+        "h",
+        "j",
+        "k",
+        "l",
+        "m",
+        "n",
+        "p",
+        "r",
+        "s",
+        "t",
+        "v",
+        "w",
+        "z",
+        "br",
+        "cl",
+        "dr",
+        "fl",
+        "gr",
+        "pl",
+        "pr",
+        "st",
+        "tr",
+        "th",
+        "sh",
+    ]
+    for v in "aeiou"
+]
 
 
 def vocabulary(size: int = 200_000, seed: int = 0) -> list[str]:
@@ -21,7 +55,9 @@ def vocabulary(size: int = 200_000, seed: int = 0) -> list[str]:
     words: dict[str, None] = {}
     while len(words) < size:
         length = 1 + min(4, int(np.log10(len(words) + 10)) - 1) + int(rng.integers(0, 2))
-        words["".join(_SYLLABLES[i] for i in rng.integers(len(_SYLLABLES), size=length)) + str(rng.choice(["", "n", "r", "l"]))] = None
+        words[
+            "".join(_SYLLABLES[i] for i in rng.integers(len(_SYLLABLES), size=length)) + str(rng.choice(["", "n", "r", "l"]))
+        ] = None
     return list(words)
 
 

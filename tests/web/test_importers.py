@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 from datetime import UTC, date, datetime
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,15 +15,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
+from tests.web import samples
+from tests.web.crash import killed
+from tests.web.server import serving
 
 from corollary.web.importers import Fetcher, FetchError, Importer, ImportFailed, Refused, arxiv, fetch, huggingface
 from corollary.web.importers.items import BadItem, Item
 from corollary.web.importers.sources import KINDS, arxiv_address, named, read_body, sniff
 from corollary.web.importers.write import merge
 from corollary.web.store import ImportRun, Paper, RejectedItem, Store, count_papers, get_paper, open_store
-from tests.web import samples
-from tests.web.crash import killed
-from tests.web.server import serving
 
 
 def local(store: Store, **options) -> Fetcher:
@@ -32,7 +33,7 @@ def local(store: Store, **options) -> Fetcher:
 
 def rows(store: Store) -> list[tuple]:
     """All papers as they stand, with the time of their last change."""
-    columns = [c for c in Paper.__table__.columns]
+    columns = list(Paper.__table__.columns)
     with store.reading() as connection:
         return [tuple(row) for row in connection.execute(select(*columns).order_by(Paper.id))]
 
@@ -82,7 +83,7 @@ def test_arxiv_entries_with_old_ids_without_versions_and_errors(store, tmp_path)
                 samples.entry("math.GT/0309136v2", "Knots"),
                 samples.ERROR_ENTRY,
             ]
-        )  # fmt: skip
+        )
     )
     report = Importer(store).run(str(path))
     assert (report.counts.added, report.counts.rejected) == (3, 1)
@@ -301,7 +302,7 @@ def test_arxiv_is_asked_once_in_three_seconds_by_all_processes(tmp_path):
     for thread in threads:
         thread.join()
     times.sort()
-    assert min(b - a for a, b in zip(times, times[1:], strict=False)) >= 0.19
+    assert min(b - a for a, b in pairwise(times)) >= 0.19
 
 
 def test_an_error_entry_alone_fails_the_import_and_is_kept(store):
@@ -465,7 +466,7 @@ def test_lines_without_end_do_not_fill_the_memory(store):
     ["hf:2026-99-01", "hf:2026-05-09..2026-05-01", "hf:1900-01-01..2026-01-01", "arxiv:", "ftp://x/y", "no/such/file", ""],
 )
 def test_a_source_that_is_none_says_what_would_be(text):
-    with pytest.raises(ValueError, match="source|file"):
+    with pytest.raises(ValueError, match=r"source|file"):
         named(text)
 
 

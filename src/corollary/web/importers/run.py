@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import sys
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, date, datetime, timedelta
@@ -35,6 +36,7 @@ from corollary.web.store import FetchState, Meta, Store, now
 ARXIV = "https://export.arxiv.org/api/query"
 HUGGINGFACE = "https://huggingface.co/api/daily_papers"
 ARXIV_PAGE = 1000  # the API takes 2,000 at most
+_UNREADABLE = (OSError, EOFError, zlib.error)  # what a file, a packing or the network raises
 _AGAIN = 3  # days whose votes are asked for again
 
 
@@ -101,6 +103,8 @@ class Importer:
         if what.kind == "hf":
             return self._days(what)
         report = Report(what.name)
+        if what.path is not None and self._restored(what, report, kind):
+            return report
         run, cursor = start_run(self.store, what.name)
         report.resumed = bool(cursor)
         try:
@@ -113,7 +117,7 @@ class Importer:
             else:
                 report.resumed = False
                 self._stream(stdin or sys.stdin.buffer, run, report, kind, limit)
-        except (BadAnswer, FetchError, OSError) as error:
+        except (BadAnswer, *_UNREADABLE) as error:
             end_run(self.store, run, error=str(error))
             raise ImportFailed(f"{source if what.kind != 'url' else what.name}: {error}") from error
         end_run(self.store, run)
@@ -151,6 +155,24 @@ class Importer:
         left = (raw for place, raw in enumerate(raws) if place >= skip and (limit is None or place < limit))
         self._write(run, left, report, lambda done: {"mark": mark, "item": skip + done})
 
+    def _restored(self, what: Source, report: Report, kind: str | None) -> bool:
+        """Whether the file is an export, which goes in without a run of its own: it brings its runs, under their ids."""
+        assert what.path is not None
+        try:
+            with open_file(what.path) as file:
+                if kind is None and sniff(file.read(65_536)) == "archive":
+                    kind = "archive"
+        except (BadAnswer, *_UNREADABLE):
+            return False  # the run that follows says what is wrong, and keeps it
+        if kind != "archive":
+            return False
+        try:
+            with open_file(what.path) as file:
+                restore(self.store, file, report.counts)
+        except (BadAnswer, *_UNREADABLE) as error:
+            raise ImportFailed(f"{what.name}: {error}") from error
+        return True
+
     def _file(
         self, what: Source, run: int, cursor: dict[str, Any], report: Report, kind: str | None, limit: int | None
     ) -> None:
@@ -160,9 +182,7 @@ class Importer:
             head = read_whole(io.BytesIO(file.read(65_536)))
         kind = kind or sniff(head)
         with open_file(what.path) as file:
-            if kind == "archive":
-                restore(self.store, file, report.counts)
-            elif kind == "jsonl":
+            if kind == "jsonl":
                 self._rest(run, read_lines(file), mark, cursor, report, limit)
             else:
                 self._rest(run, read_body(read_whole(file), kind), mark, cursor, report, limit)

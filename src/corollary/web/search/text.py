@@ -178,10 +178,11 @@ STOP = frozenset(
 
 def fold(text: str) -> str:
     """Lower case, without accents: as the index of words sees it."""
-    text = text.lower()
     if text.isascii():
-        return text
-    return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+        return text.lower()
+    # Letters of other alphabets and of formulas have plain ones within, and lowering may bring accents: hence in this order.
+    text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).lower())
+    return "".join(c for c in text if not unicodedata.combining(c))
 
 
 def tokens(text: str) -> list[str]:

@@ -47,6 +47,11 @@ def limited(connection: Connection, seconds: float = SECONDS) -> Iterator[None]:
         raw.set_progress_handler(None, 0)  # type: ignore[union-attr]
 
 
+def _clean(text: str) -> str:
+    """A text that a driver takes: without NUL and half characters."""
+    return text.replace("\0", "").encode("utf-8", "replace").decode()
+
+
 def _conditions(filters: Filters, *, lines: str) -> tuple[str, dict[str, Any]]:
     parts: list[str] = []
     values: dict[str, Any] = {}
@@ -56,12 +61,12 @@ def _conditions(filters: Filters, *, lines: str) -> tuple[str, dict[str, Any]]:
             values[name] = day.isoformat() if lines == "sqlite" else day
     if filters.category:
         parts.append("(char(10) || p.categories || char(10)) LIKE :category" if lines == "sqlite" else "(chr(10) || p.categories || chr(10)) LIKE :category")  # fmt: skip
-        safe = re.sub(r"[%_\\]", "", filters.category)
+        safe = re.sub(r"[%_\\]", "", _clean(filters.category))
         values["category"] = f"%\n{safe}\n%"
     if filters.has_code:
         parts.append("p.code IS NOT NULL")
     if filters.slugs is not None:
-        names = {f"slug{i}": slug for i, slug in enumerate(sorted(filters.slugs)[:1000])}
+        names = {f"slug{i}": _clean(slug) for i, slug in enumerate(sorted(filters.slugs)[:1000])}
         parts.append(f"p.slug IN ({', '.join(':' + name for name in names)})" if names else "1 = 0")
         values.update(names)
     return " AND ".join(parts), values
