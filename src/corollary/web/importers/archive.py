@@ -174,14 +174,14 @@ def _restore_rows(
         free = (session.scalar(select(func.max(table.c.id))) or 0) + 1
         free = max(free, max(asked, default=0) + 1)
     new = []
-    for row, key in zip(batch, wanted, strict=True):
+    for row, name in zip(batch, wanted, strict=True):
         if any(row.get(c.name) is None and not c.nullable for c in table.columns if c.foreign_keys):
             continue  # what it belonged to is not there
-        if key in present:
+        if name in present:
             if has_id:
-                ids[table.name][row["id"]] = present[key]
+                ids[table.name][row["id"]] = present[name]
             if table.name == "papers":
-                _merge_paper(session, present[key], row, counts)
+                _merge_paper(session, present[name], row, counts)
             continue
         if has_id:
             old = row["id"]
@@ -189,7 +189,7 @@ def _restore_rows(
                 row["id"], free = free, free + 1
             ids[table.name][old] = row["id"]
             taken.add(row["id"])
-        present[key] = row.get("id")
+        present[name] = row.get("id")
         new.append(row)
     if new:
         session.execute(insert(table), new)

@@ -78,7 +78,8 @@ def read_entry(entry: Element) -> Item:
     abstract = words(_text(entry, f"{ATOM}summary"), "abstract")
     published = moment(_text(entry, f"{ATOM}published"), "published")
     updated = moment(_text(entry, f"{ATOM}updated"), "updated")
-    if published is None and updated is None:
+    when = published or updated
+    if when is None:
         raise BadItem("published is missing")
     links: list[dict[str, Any]] = [
         {"url": href, "kind": link.get("title"), "added_by": "arXiv"}
@@ -91,10 +92,10 @@ def read_entry(entry: Element) -> Item:
         Item(
             key=make_key(arxiv=arxiv, doi=None, url=None, title=title, authors=()),
             title=title,
-            day=(published or updated).date(),
+            day=when.date(),
             source="arxiv",
             arxiv=arxiv,
-            version=version,  # type: ignore[union-attr]
+            version=version,
             doi=doi_of(_text(entry, f"{ARXIV}doi")),
             authors=tuple(dict.fromkeys(authors)),
             abstract=abstract,

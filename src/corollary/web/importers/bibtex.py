@@ -118,7 +118,7 @@ def read(text: str) -> Iterator[Raw]:
             )
         elif type(block).__name__ == "Entry":
             try:
-                fields = {field.key.lower(): str(field.value) for field in block.fields}  # type: ignore[attr-defined]
-                yield Raw(where, raw, read_entry(block.entry_type.lower(), fields))  # type: ignore[attr-defined]
+                fields = {field.key.lower(): str(field.value) for field in block.fields}
+                yield Raw(where, raw, read_entry(block.entry_type.lower(), fields))
             except BadItem as error:
                 yield Raw(where, raw, None, str(error))

@@ -31,7 +31,9 @@ def _time(entry: Any, name: str) -> datetime | None:
     if value is None:
         return moment(entry.get(name), name)
     try:
-        return moment(datetime(*value[:6], tzinfo=UTC).isoformat(), name)
+        return moment(
+            f"{value[0]:04d}-{value[1]:02d}-{value[2]:02d}T{value[3]:02d}:{value[4]:02d}:{min(value[5], 59):02d}Z", name
+        )
     except ValueError as error:
         raise BadItem(f"{name} is no time: {str(entry.get(name))[:60]!r}") from error
 

@@ -49,7 +49,7 @@ def _newer(old: dict[str, Any], item: Item) -> bool:
         return bool(item.version > old["version"])
     if item.updated and old["updated"] and item.updated != old["updated"]:
         return bool(item.updated > old["updated"])
-    return item.source == old["source"] or old["source"] == "first-issue"
+    return bool(item.source == old["source"] or old["source"] == "first-issue")
 
 
 def merge(old: dict[str, Any], item: Item) -> dict[str, Any]:

@@ -8,13 +8,14 @@
     highlight(text, parsed) -> list[tuple[str, bool]]                     # pieces of the text, True where a word was matched
     excerpt(text, parsed, *, width=240) -> list[tuple[str, bool]]         # the same around the best place
     catch_up(store, *, progress=None) -> int                              # vectors of new papers; call it after imports
+    warm(store) -> None                                                   # at start-up, in a thread: loads what the first search needs
 
 A new paper is found by its words at once, because the index of words is written with it, and by its meaning after `catch_up`.
 """
 
 from __future__ import annotations
 
-from corollary.web.search.engine import catch_up, like_text, nearest_implemented, rank_for, search, similar, similar_ids
+from corollary.web.search.engine import catch_up, like_text, nearest_implemented, rank_for, search, similar, similar_ids, warm
 from corollary.web.search.marks import excerpt, highlight
 from corollary.web.search.parse import parse
 from corollary.web.search.types import Filters, Hit, Mode, Parsed, Results
@@ -22,5 +23,5 @@ from corollary.web.search.types import Filters, Hit, Mode, Parsed, Results
 __all__ = [
     "Filters", "Hit", "Mode", "Parsed", "Results",
     "catch_up", "excerpt", "highlight", "like_text", "nearest_implemented", "parse", "rank_for", "search", "similar",
-    "similar_ids",
+    "similar_ids", "warm",
 ]  # fmt: skip

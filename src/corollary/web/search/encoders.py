@@ -143,9 +143,9 @@ class Lsa:
         columns: list[int] = []
         starts = [0]
         for text in texts:
-            row = Counter(rows[term] for term in _stems(text) if term in rows)
-            columns += row.keys()
-            data += row.values()
+            found = Counter(rows[term] for term in _stems(text) if term in rows)
+            columns += found.keys()
+            data += found.values()
             starts.append(len(columns))
         weights = 1 + np.log(np.array(data, dtype=np.float32))
         matrix = csr_matrix((weights, columns, starts), shape=(len(texts), len(self._rows)))

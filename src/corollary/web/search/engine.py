@@ -41,6 +41,7 @@ class Searcher:
         self._vocabulary = Vocabulary({})
         self._counted: tuple[str, float] = ("", 0.0)
         self._implemented: tuple[str, list[int], Floats] | None = None
+        self._vectors_of: dict[tuple[str, str], Floats] = {}
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -65,6 +66,22 @@ class Searcher:
                 path = self.store.folder / f"{model}.npz"
                 self._encoder = Lsa.load(path) if model and path.exists() else None
             return self._encoder
+
+    def vector_of(self, about: str) -> Floats | None:
+        """The vector of a query; None where there is no encoder, or it knows nothing of the text. The last ones are kept:
+        paging and sorting ask the same again, and a Transformer takes ten times as long as all the rest."""
+        encoder = self.encoder()
+        if encoder is None:
+            return None
+        key = (encoder.name, about)
+        vector = self._vectors_of.get(key)
+        if vector is None:
+            vector = encoder.encode([about])[0]
+            with self._lock:
+                self._vectors_of[key] = vector
+                while len(self._vectors_of) > 256:
+                    self._vectors_of.pop(next(iter(self._vectors_of)))
+        return vector if vector.any() else None
 
     def implemented(self) -> tuple[list[int], Floats]:
         """Ids and unit vectors of the papers that have a record."""
@@ -160,13 +177,15 @@ def search(
     return Results(hits, parsed, str(start + size) if len(order) > start + size else None)
 
 
+def warm(store: Store) -> None:
+    """Load what the first search would wait for: counts of words, index and encoder. Made to run in a thread at start-up."""
+    search(store, "warm up")
+
+
 def _by_meaning(tool: Searcher, about: str, few: list[int] | None) -> list[int]:
     tool.vectors.refresh()
-    encoder = tool.encoder()
-    if encoder is None:
-        return []
-    vector = encoder.encode([about])[0]
-    if not vector.any():
+    vector = tool.vector_of(about)
+    if vector is None:
         return []
     if few is None:
         return [paper for paper, _ in tool.vectors.nearest(vector, DEPTH)]
@@ -207,11 +226,8 @@ def like_text(store: Store, text: str, *, size: int = 10) -> list[tuple[PaperVie
     """The papers most like a text, with their cosines."""
     tool = searcher(store)
     tool.vectors.refresh()
-    encoder = tool.encoder()
-    if encoder is None:
-        return []
-    vector = encoder.encode([text])[0]
-    return _seen(store, tool.vectors.nearest(vector, size)) if vector.any() else []
+    vector = tool.vector_of(text)
+    return [] if vector is None else _seen(store, tool.vectors.nearest(vector, size))
 
 
 def nearest_implemented(store: Store, paper_id: int, *, size: int = 3) -> list[tuple[PaperView, float]]:
@@ -335,7 +351,7 @@ def _catch_up_batch(store: Store, encoder: Encoder, size: int) -> int:
             session.execute(delete(Vector).where(Vector.paper_id.in_(same)))
             session.execute(delete(Pending).where(Pending.paper_id.in_(same)))
             vector_rows = [{"paper_id": ids[i], "model": encoder.name, "vector": vectors[i].tobytes()} for i in kept]
-            session.connection().execute(insert(Vector.__table__), vector_rows)
+            session.execute(insert(Vector), vector_rows)
             # Thousands of short rows: past the ORM, which would take longer than everything else.
             mark = "%s" if store.dialect == "postgresql" else "?"
             session.connection().exec_driver_sql(

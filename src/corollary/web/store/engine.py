@@ -171,6 +171,8 @@ def open_store(url: str | None = None, folder: Path | None = None, *, migrate: b
         raise ValueError(
             f"url must be like 'sqlite:////path/daily.sqlite' or 'postgresql://user@host/name', not '{url}'"
         ) from error
+    if parsed.drivername == "postgres":  # as some hosts write it
+        parsed = parsed.set(drivername="postgresql")
     kind = parsed.get_backend_name()
     if kind not in ("sqlite", "postgresql"):
         raise ValueError(f"url must name sqlite or postgresql, not '{kind}'")
@@ -184,7 +186,7 @@ def open_store(url: str | None = None, folder: Path | None = None, *, migrate: b
         folder = folder or Path(parsed.database).parent
         options = {"connect_args": {"check_same_thread": False}}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # addresses and notes are nobody else's
         if kind == "sqlite":
             Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
         engine = create_engine(parsed, pool_size=16, max_overflow=48, **options)
