@@ -22,7 +22,7 @@ from tests.web.server import serving
 from corollary.web.importers import Fetcher, FetchError, Importer, ImportFailed, Refused, arxiv, fetch, huggingface
 from corollary.web.importers.items import BadItem, Item
 from corollary.web.importers.sources import KINDS, arxiv_address, named, read_body, sniff
-from corollary.web.importers.write import merge
+from corollary.web.importers.write import _FIELDS, merge
 from corollary.web.store import ImportRun, Paper, RejectedItem, Store, count_papers, get_paper, open_store
 
 
@@ -232,6 +232,48 @@ def test_a_paper_known_by_its_doi_gets_its_arxiv_name(store, tmp_path):
     assert [row[1] for row in rows(store)] == ["2410.01623"]
 
 
+def test_names_that_turn_out_to_be_one_paper_within_a_file(store, tmp_path):
+    lines = [
+        {"title": "Flows", "doi": "10.1000/x", "year": 2003, "keywords": ["a"]},
+        {"title": "Flows", "arxiv": "2410.01623", "doi": "10.1000/X", "year": 2003, "keywords": ["b"]},
+        {"title": "Flows", "arxiv": "2410.01623", "year": 2003, "keywords": ["c"]},
+        {"title": "Other", "arxiv": "2410.09999", "doi": "10.1000/x", "year": 2003},
+    ]
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    for _ in range(3):
+        Importer(store).run(str(path))
+        assert sorted(row[1] for row in rows(store)) == ["2410.01623", "2410.09999"]
+        assert set(get_paper(store, "2410.01623").keywords) == {"a", "b", "c"}
+    final = rows(store)
+    Importer(store).run(str(path))
+    assert rows(store) == final
+
+
+def test_a_record_that_learns_its_arxiv_id_joins_the_reader_s_import(store):
+    from corollary.web.importers.write import Counts, write_papers
+    from corollary.web.store import Note, Reader, Vote
+
+    def item(**more) -> Item:
+        return Item(**{"title": "T", "day": date(2024, 1, 1), "source": "first-issue", "slug": "some", **more})
+
+    with store.writing() as session:
+        write_papers(session, [item(key="title:x", summary="Ours.")], Counts())
+        write_papers(
+            session, [item(key="2410.01623", arxiv="2410.01623", slug=None, source="arxiv", abstract="Theirs.")], Counts()
+        )
+        session.add_all([Reader(name="a"), Reader(name="b")])
+        session.flush()
+        session.add_all([Vote(reader_id=1, paper_id=1), Vote(reader_id=2, paper_id=1), Vote(reader_id=2, paper_id=2), Note(reader_id=1, paper_id=1, text="n")])  # fmt: skip
+    with store.writing() as session:
+        write_papers(session, [item(key="2410.01623", arxiv="2410.01623", summary="Ours.")], Counts())
+    assert count_papers(store) == 1
+    paper = get_paper(store, "some")
+    assert (paper.key, paper.summary, paper.abstract, paper.own_votes) == ("2410.01623", "Ours.", "Theirs.", 2)
+    with store.reading() as connection:
+        assert connection.execute(select(Note.paper_id)).all() == [(paper.id,)]
+
+
 _VALUES = st.fixed_dictionaries(
     {
         "source": st.sampled_from(["arxiv", "huggingface", "feed"]), "version": st.none() | st.integers(1, 3), "title": st.sampled_from(["A", "B"]),
@@ -243,9 +285,10 @@ _VALUES = st.fixed_dictionaries(
 
 @given(_VALUES, st.lists(_VALUES, min_size=1, max_size=4))
 def test_merging_the_same_item_again_changes_nothing_and_votes_never_fall(first, others):
-    from corollary.web.importers.write import _row
-
-    row = {**_row(Item(key="k", **first)), "extra": {"listed": True} if first["listed"] else {}}
+    row = {
+        **{name: getattr(Item(key="k", **first), name) for name in _FIELDS},
+        "extra": {"listed": True} if first["listed"] else {},
+    }
     for values in others:
         item = Item(key="k", **values)
         once = merge(row, item)

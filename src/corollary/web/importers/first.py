@@ -31,7 +31,8 @@ def _with_record(entry: dict[str, Any], record: Paper | None) -> dict[str, Any]:
     if record is None:
         return entry
     facts = {"title": record.title, "authors": list(record.authors), "arxiv": record.arxiv, "date": record.date or str(record.year),
-             "venue": record.venue, "code": record.code, "url": record.url}  # fmt: skip
+             "venue": record.venue, "code": record.code, "url": record.url,
+             "components": [component.object.rpartition(".")[2] for component in record.components]}  # fmt: skip
     known = {name: value for name, value in entry.items() if name != "partial_authors" or not record.authors}
     return {**known, **{name: value for name, value in facts.items() if value}}
 
@@ -46,7 +47,7 @@ def _item(entry: dict[str, Any]) -> Item:
     return Item(
         key=make_key(arxiv=arxiv, doi=None, url=url, title=entry["title"], authors=authors), title=entry["title"],
         day=published.date(), source=SOURCE, slug=entry["slug"], arxiv=arxiv, authors=authors, summary=entry["summary"],
-        keywords=(entry["package"],), published=published if exact else None, url=url, code=code,
+        keywords=(entry["package"], *entry.get("components", ())), published=published if exact else None, url=url, code=code,
         code_added_by="corollary" if code else None, venue=entry.get("venue") or None,
         extra={SOURCE: {**({"partial_authors": True} if entry.get("partial_authors") else {}), "date": entry.get("date") or str(entry["year"])}},
     )  # fmt: skip

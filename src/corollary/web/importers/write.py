@@ -9,12 +9,12 @@ from datetime import datetime
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from corollary.web.importers.items import Item, Raw
-from corollary.web.store import ImportRun, Paper, RejectedItem, Store, now
+from corollary.web.store import ImportRun, Note, Paper, ReadingItem, RejectedItem, Store, Vote, now
 
 BATCH = 2000
 _KEPT = 65_536  # letters kept of an item that was set aside
@@ -37,10 +37,6 @@ class Counts:
     updated: int = 0
     unchanged: int = 0
     rejected: int = 0
-
-
-def _row(item: Item) -> dict[str, Any]:
-    return {name: getattr(item, name) for name in _FIELDS}
 
 
 def _newer(old: dict[str, Any], item: Item) -> bool:
@@ -94,58 +90,88 @@ def merge(old: dict[str, Any], item: Item) -> dict[str, Any]:
 
 
 def _known(session: Session, items: list[Item]) -> dict[str, dict[str, Any]]:
-    """The rows that items are about, under the key of each item."""
+    """The rows that items are about, under the key of each item; items about one row share one dictionary."""
     found: dict[str, dict[str, Any]] = {}
-    by_doi = {item.doi: item for item in items if item.doi}
-    by_slug = {item.slug: item for item in items if item.slug}
-    for column, names in (
-        (Paper.key, {item.key: item for item in items}),
-        (Paper.doi, by_doi),
-        (Paper.slug, by_slug),
-    ):
-        wanted = [name for name, item in names.items() if item.key not in found]
+    by_id: dict[int, dict[str, Any]] = {}
+    by_key = {item.key: [item] for item in items}
+    by_doi: dict[str, list[Item]] = {}
+    by_slug = {item.slug: [item] for item in items if item.slug}
+    for item in items:
+        if item.doi:
+            by_doi.setdefault(item.doi, []).append(item)
+    for column, names in ((Paper.key, by_key), (Paper.doi, by_doi), (Paper.slug, by_slug)):
+        wanted = [name for name, about in names.items() if any(item.key not in found for item in about)]
         for start in range(0, len(wanted), 5000):
             for row in session.execute(select(*_COLUMNS).where(column.in_(wanted[start : start + 5000]))).mappings():
-                item = names[row[column.key]]
-                # One DOI may name two papers of arXiv; then it does not say which.
-                if column is Paper.doi and item.arxiv and row["arxiv"] and item.arxiv != row["arxiv"]:
-                    continue
-                found.setdefault(item.key, dict(row))
+                known = by_id.setdefault(row["id"], dict(row))
+                for item in names[row[column.key]]:
+                    # One DOI may name two papers of arXiv; then it does not say which.
+                    if column is Paper.doi and item.arxiv and row["arxiv"] and item.arxiv != row["arxiv"]:
+                        continue
+                    found.setdefault(item.key, known)
     return found
+
+
+def _join_slugs(session: Session, items: list[Item], known: dict[str, dict[str, Any]]) -> None:
+    """Where a paper of a record has come in by another name too, make one of the two rows: what readers did goes along."""
+    for item in items:
+        row = known.get(item.key)
+        if not item.slug or row is None or row["slug"] == item.slug:
+            continue
+        other = session.scalar(select(Paper.id).where(Paper.slug == item.slug))
+        if other is None or other == row["id"]:
+            continue
+        for table in (Vote, Note, ReadingItem):
+            mine = select(table.reader_id).where(table.paper_id == row["id"])
+            moved = update(table).where(table.paper_id == other, table.reader_id.not_in(mine)).values(paper_id=row["id"])
+            session.execute(moved.execution_options(synchronize_session=False))
+        session.execute(delete(Paper).where(Paper.id == other).execution_options(synchronize_session=False))
+        votes = session.scalar(select(func.count()).select_from(Vote).where(Vote.paper_id == row["id"])) or 0
+        session.execute(update(Paper).where(Paper.id == row["id"]).values(own_votes=votes))
 
 
 def write_papers(session: Session, items: list[Item], counts: Counts) -> None:
     """Put a batch of papers into the store, within the session's transaction."""
     known = _known(session, items)
-    new: dict[str, dict[str, Any]] = {}
-    changed: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    if any(item.slug for item in items):
+        _join_slugs(session, items, known)
+    before = {row["id"]: dict(row) for row in known.values()}
+    named = {**known, **{row["key"]: row for row in known.values()}}  # a row goes by every name that it has had
+    by_doi: dict[str, dict[str, Any]] = {}
+    rows: list[dict[str, Any]] = []
+    touched: dict[int, dict[str, Any]] = {}
+    met = 0
     for item in items:
-        if item.key in known:
-            first, latest = changed.get(item.key, (known[item.key], known[item.key]))
-            changed[item.key] = (first, merge(latest, item))
-        elif item.key in new:
-            new[item.key] = merge(new[item.key], item)
+        row = named.get(item.key)
+        if row is None and item.doi in by_doi and not (item.arxiv and by_doi[item.doi]["arxiv"]):
+            row = by_doi[item.doi]
+        if row is None:
+            row = {name: getattr(item, name) for name in _FIELDS}
+            rows.append(row)
         else:
-            row = _row(item)
-            if item.listed:
-                row["extra"] = {**row["extra"], "listed": True}
-            new[item.key] = row
+            met += 1
+            row.update(merge(row, item))
+            if "id" in row:
+                touched[row["id"]] = row
+        named[item.key] = named[row["key"]] = row
+        if item.doi and "id" not in row:
+            by_doi.setdefault(item.doi, row)
+        if item.listed:
+            row["extra"] = {**row["extra"], "listed": True}
     time = now()
-    if new:
+    if rows:
         stamp = {"created_at": time, "changed_at": time, "own_votes": 0}
-        session.execute(insert(Paper), [{**row, **stamp} for row in new.values()])
-        counts.added += len(new)
-    twice = len(items) - len(new) - len(changed)
-    for key, (first, latest) in changed.items():
-        if any(item.listed for item in items if item.key == key) and not latest["extra"].get("listed"):
-            latest["extra"] = {**latest["extra"], "listed": True}
-        values = {name: value for name, value in latest.items() if name not in ("id", "source") and value != first[name]}
+        session.execute(insert(Paper), [{**row, **stamp} for row in rows])
+        counts.added += len(rows)
+    changed = 0
+    for paper, row in touched.items():
+        old = before[paper]
+        values = {name: value for name, value in row.items() if name not in ("id", "source") and value != old[name]}
         if values:
-            session.execute(update(Paper).where(Paper.id == first["id"]).values(**values, changed_at=time))
-            counts.updated += 1
-        else:
-            counts.unchanged += 1
-    counts.unchanged += twice
+            session.execute(update(Paper).where(Paper.id == paper).values(**values, changed_at=time))
+            changed += 1
+    counts.updated += changed
+    counts.unchanged += met - changed
 
 
 def set_aside(store: Store, session: Session, run: ImportRun, raws: list[Raw], counts: Counts) -> None:
