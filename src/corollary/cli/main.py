@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from corollary.claims.record import RecordError, UnknownPaper
+from corollary.cli import daily
 
 app = typer.Typer(
     name="corollary",
@@ -19,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(daily.app, name="daily")
 
 Json = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON; '-' is standard output.")

@@ -1,0 +1,1 @@
+"""The steps from one schema to the next; Alembic runs them, all in one transaction."""

@@ -1,0 +1,318 @@
+"""Reading papers: by name, by day, week and month, and by what is trending.
+
+Lists are ordered by points, newest row first among equals, and paged by a cursor that names the last row seen, so that a page
+costs the same however far down it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
+from typing import Any, Literal
+
+from sqlalchemy import ColumnElement, Connection, RowMapping, Select, and_, func, select, tuple_, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from corollary.web.store.engine import Store
+from corollary.web.store.schema import Paper, Vote, now
+
+PAGE = 30
+TRENDING_DAYS = 30
+TRENDING_FORMULA = "(points + 1) / (age in days + 2)^1.5, over the last 30 days that have papers before the newest"
+
+
+@dataclass(frozen=True, slots=True)
+class PaperView:
+    """One paper as the pages show it; the fields are those of `corollary.web.store.schema.Paper`."""
+
+    id: int
+    key: str
+    slug: str | None
+    arxiv: str | None
+    version: int | None
+    doi: str | None
+    title: str
+    authors: tuple[str, ...]
+    abstract: str
+    summary: str
+    keywords: tuple[str, ...]
+    categories: tuple[str, ...]
+    day: date
+    published: datetime | None
+    updated: datetime | None
+    imported_votes: int | None
+    own_votes: int
+    points: int
+    url: str | None
+    code: str | None
+    code_added_by: str | None
+    organization: str | None
+    comment: str | None
+    venue: str | None
+    links: list[dict[str, Any]] = field(hash=False)
+    source: str
+    extra: dict[str, Any] = field(hash=False)
+    created_at: datetime
+    changed_at: datetime
+
+    @property
+    def text(self) -> str:
+        """What there is to read: the abstract, or our summary where none was imported."""
+        return self.abstract or self.summary
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some papers of a list, and the cursor of the rest: None at the end."""
+
+    papers: list[PaperView]
+    next: str | None
+
+
+_COLUMNS = [getattr(Paper, name) for name in PaperView.__slots__]
+_ARXIV = re.compile(
+    r"(?:https?://(?:www\.|export\.)?arxiv\.org/(?:abs|pdf|html)/|arxiv:\s*)?"
+    r"(\d{4}\.\d{4,5}|[a-z][a-z-]+(?:\.[A-Za-z]{2})?/\d{7})(?:v(\d+))?(?:\.pdf)?/?",
+    re.IGNORECASE,
+)
+
+
+def arxiv_id(text: str) -> tuple[str, int | None] | None:
+    """The arXiv id and version that a text names, as id, ``arxiv:`` name or address; None where it names none.
+
+    Example:
+        >>> arxiv_id("arXiv:2410.01623v2"), arxiv_id("http://arxiv.org/abs/hep-ex/0307015"), arxiv_id("Fira")
+        (('2410.01623', 2), ('hep-ex/0307015', None), None)
+    """
+    match = _ARXIV.fullmatch(text.strip())
+    return None if match is None else (match[1], int(match[2]) if match[2] else None)
+
+
+def _view(row: RowMapping) -> PaperView:
+    return PaperView(*row.values())
+
+
+_NAMES = ", ".join(PaperView.__slots__)
+_AT = {name: place for place, name in enumerate(PaperView.__slots__)}
+_LINES = [_AT[name] for name in ("authors", "keywords", "categories")]
+_TIMES = [_AT[name] for name in ("published", "updated", "created_at", "changed_at")]
+_JSON = [_AT[name] for name in ("links", "extra")]
+_DAY = _AT["day"]
+
+
+def _decode(row: Sequence[Any]) -> PaperView:
+    """A row of SQLite's driver, as the column types of the schema would read it."""
+    values = list(row)
+    values[_DAY] = date.fromisoformat(values[_DAY])
+    for place in _LINES:
+        values[place] = tuple(values[place].split("\n")) if values[place] else ()
+    for place in _TIMES:
+        if values[place] is not None:
+            values[place] = datetime.fromisoformat(values[place]).replace(tzinfo=UTC)
+    for place in _JSON:
+        values[place] = json.loads(values[place])
+    return PaperView(*values)
+
+
+def _cursor(after: str | None) -> tuple[int, int] | None:
+    if after is None:
+        return None
+    match = re.fullmatch(r"(\d{1,9})\.(\d{1,18})", after, re.ASCII)
+    if match is None:
+        raise ValueError(f"after must be the 'next' of an earlier page, not {after!r}")
+    return int(match[1]), int(match[2])
+
+
+def _size(size: int) -> int:
+    if not 1 <= size <= 200:
+        raise ValueError(f"size must be from 1 to 200, not {size}")
+    return size
+
+
+def get_paper(store: Store, name: str) -> PaperView | None:
+    """The paper of a key, arXiv id (any version or spelling), or slug; None where there is none."""
+    found = arxiv_id(name)
+    with store.reading() as connection:
+        for condition in (Paper.key == (found[0] if found else name), Paper.slug == name):
+            row = connection.execute(select(*_COLUMNS).where(condition)).mappings().first()
+            if row is not None:
+                return _view(row)
+    return None
+
+
+def papers_by_id(store: Store, ids: Sequence[int]) -> list[PaperView]:
+    """The papers of these ids in the order asked for; ids that are gone are passed over."""
+    with store.reading() as connection:
+        return views(connection, ids)
+
+
+def views(connection: Connection, ids: Sequence[int]) -> list[PaperView]:
+    """As `papers_by_id`, on a connection at hand."""
+    if connection.dialect.name == "sqlite":
+        # Every page reads papers; the driver's rows, decoded here, take a third of the time.
+        names = ", ".join(str(int(i)) for i in ids)
+        found = map(_decode, connection.exec_driver_sql(f"SELECT {_NAMES} FROM papers WHERE id IN ({names})"))
+    else:
+        found = map(_view, connection.execute(select(*_COLUMNS).where(Paper.id.in_(ids))).mappings())
+    by_id = {paper.id: paper for paper in found}
+    return [by_id[i] for i in ids if i in by_id]
+
+
+def papers_of_slugs(store: Store, slugs: Iterable[str]) -> list[PaperView]:
+    """The papers of these records, by day, newest first."""
+    with store.reading() as connection:
+        query = select(*_COLUMNS).where(Paper.slug.in_(list(slugs))).order_by(Paper.day.desc(), Paper.id)
+        return [_view(row) for row in connection.execute(query).mappings()]
+
+
+def papers_between(store: Store, first: date, last: date, *, after: str | None = None, size: int = PAGE) -> Page:
+    """The papers of the days from ``first`` to ``last``, both included, most points first.
+
+    Args:
+        store: the store.
+        first: the first day.
+        last: the last day.
+        after: the ``next`` of the page before.
+        size: papers on the page, 1 to 200.
+
+    Raises:
+        ValueError: for a cursor or size that is none.
+    """
+    cursor, size = _cursor(after), _size(size)
+    inside: ColumnElement[bool] = Paper.day == first if first == last else Paper.day.between(first, last)
+    if cursor is not None:
+        inside = and_(inside, tuple_(Paper.points, Paper.id) < tuple_(*cursor))
+    # The ids come from the index alone; only the page's own rows are read.
+    ids: Select[Any] = select(Paper.id).where(inside).order_by(Paper.points.desc(), Paper.id.desc()).limit(size + 1)
+    with store.reading() as connection:
+        found = list(connection.scalars(ids))
+        papers = views(connection, found[:size])
+    more = len(found) > size and papers
+    return Page(papers, f"{papers[-1].points}.{papers[-1].id}" if more else None)
+
+
+def papers_of_day(store: Store, day: date, *, after: str | None = None, size: int = PAGE) -> Page:
+    """The papers of one day, most points first."""
+    return papers_between(store, day, day, after=after, size=size)
+
+
+def papers_of_week(store: Store, year: int, week: int, *, after: str | None = None, size: int = PAGE) -> Page:
+    """The papers of one ISO week; ValueError for a week that the year does not have."""
+    monday = date.fromisocalendar(year, week, 1)
+    return papers_between(store, monday, monday + timedelta(days=6), after=after, size=size)
+
+
+def papers_of_month(store: Store, year: int, month: int, *, after: str | None = None, size: int = PAGE) -> Page:
+    """The papers of one month; ValueError for a month that there is none of."""
+    first = date(year, month, 1)
+    last = date(year + month // 12, month % 12 + 1, 1) - timedelta(days=1) if (year, month) < (9999, 12) else date.max
+    return papers_between(store, first, last, after=after, size=size)
+
+
+def nearest_day(store: Store, day: date, direction: Literal["either", "before", "after"] = "either") -> date | None:
+    """The day with papers that is nearest: ``day`` itself for ``either`` if it has any, strictly before or after it otherwise.
+
+    Of two equally near, the earlier. None where there is no such day.
+    """
+    with store.reading() as connection:
+        before = after = None
+        if direction != "after":
+            edge = Paper.day < day if direction == "before" else Paper.day <= day
+            before = connection.scalar(select(func.max(Paper.day)).where(edge))
+        if direction != "before":
+            edge = Paper.day > day if direction == "after" else Paper.day >= day
+            after = connection.scalar(select(func.min(Paper.day)).where(edge))
+    if before is None or after is None:
+        return before or after
+    return before if day - before <= after - day else after
+
+
+def newest_day(store: Store) -> date | None:
+    """The last day that has papers; None for an empty store."""
+    with store.reading() as connection:
+        return connection.scalar(select(func.max(Paper.day)))
+
+
+def days(store: Store, first: date, last: date) -> dict[date, int]:
+    """How many papers each day from ``first`` to ``last`` has; days without any are left out."""
+    query = select(Paper.day, func.count()).where(Paper.day.between(first, last)).group_by(Paper.day).order_by(Paper.day)
+    with store.reading() as connection:
+        return dict(connection.execute(query).tuples().all())
+
+
+def trending(store: Store, today: date | None = None, *, size: int = PAGE) -> list[tuple[PaperView, float]]:
+    """What is trending, best first, with its score.
+
+    .. math:: \\text{score} = \\frac{\\text{points} + 1}{(\\text{age in days} + 2)^{1.5}}
+
+    over the newest `TRENDING_DAYS` days that have papers, up to ``today``. ``points`` are imported and own votes together; both
+    stand on the paper, each under its own name. Ages count from the newest such day, so that an old store has trends too.
+    """
+    _size(size)
+    until = today or datetime.now(UTC).date()
+    with store.reading() as connection:
+        best: list[tuple[float, int]] = []
+        day = newest = connection.scalar(select(func.max(Paper.day)).where(Paper.day <= until))
+        for _ in range(TRENDING_DAYS):
+            if day is None or newest is None:
+                break
+            weight = ((newest - day).days + 2) ** -1.5
+            # On one day the score grows with the points alone: the day's first rows are all that can be among the first.
+            rows = select(Paper.points, Paper.id).where(Paper.day == day).order_by(Paper.points.desc(), Paper.id.desc())
+            best += [((points + 1) * weight, i) for points, i in connection.execute(rows.limit(size))]
+            day = connection.scalar(select(func.max(Paper.day)).where(Paper.day < day))
+        best.sort(reverse=True)
+        scores = {i: score for score, i in best[:size]}
+        return [(paper, scores[paper.id]) for paper in views(connection, list(scores))]
+
+
+def papers_added_since(store: Store, moment: datetime, *, limit: int = 1000) -> list[PaperView]:
+    """Papers that came into the store after a moment, in the order they came, at most ``limit``."""
+    query = select(*_COLUMNS).where(Paper.created_at > moment).order_by(Paper.id).limit(limit)
+    with store.reading() as connection:
+        return [_view(row) for row in connection.execute(query).mappings()]
+
+
+def count_papers(store: Store) -> int:
+    """How many papers there are."""
+    with store.reading() as connection:
+        return connection.scalar(select(func.count()).select_from(Paper)) or 0
+
+
+def vote(store: Store, reader_id: int, paper_id: int, on: bool = True) -> int:
+    """Set or take back a reader's own vote, and return the paper's own votes; twice is the same as once.
+
+    Raises:
+        KeyError: for a paper that is not there.
+    """
+    with store.writing() as session:
+        if session.scalar(select(Paper.id).where(Paper.id == paper_id)) is None:
+            raise KeyError(f"no paper of id {paper_id}")
+        if on:
+            insert = postgresql.insert if store.dialect == "postgresql" else sqlite.insert
+            values = {"reader_id": reader_id, "paper_id": paper_id, "created_at": now()}
+            session.execute(insert(Vote).values(values).on_conflict_do_nothing())
+        else:
+            row = session.get(Vote, (reader_id, paper_id))
+            if row is not None:
+                session.delete(row)
+        session.flush()
+        count = session.scalar(select(func.count()).select_from(Vote).where(Vote.paper_id == paper_id)) or 0
+        session.execute(update(Paper).where(Paper.id == paper_id).values(own_votes=count))
+        return count
+
+
+def voted(store: Store, reader_id: int, paper_ids: Sequence[int]) -> set[int]:
+    """Which of these papers the reader has voted for."""
+    with store.reading() as connection:
+        return set(connection.scalars(select(Vote.paper_id).where(Vote.reader_id == reader_id, Vote.paper_id.in_(paper_ids))))
+
+
+__all__ = [
+    "PAGE", "TRENDING_DAYS", "TRENDING_FORMULA", "Page", "PaperView", "arxiv_id", "count_papers", "days", "get_paper",
+    "nearest_day", "newest_day", "papers_added_since", "papers_between", "papers_by_id", "papers_of_day", "papers_of_month",
+    "papers_of_slugs", "papers_of_week", "trending", "views", "vote", "voted",
+]  # fmt: skip

@@ -1,0 +1,220 @@
+"""The same store on PostgreSQL: a throwaway server with Debian's binaries, where there are any."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from datetime import date, timedelta
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+from tests.web import samples
+from tests.web.crash import killed
+
+from corollary.web import store as s
+from corollary.web.importers import Importer, export, first_issue
+from corollary.web.importers.archive import rows
+from corollary.web.search import Filters, catch_up, nearest_implemented, search, similar
+
+BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres")) if Path("/usr/lib/postgresql").is_dir() else []
+pytestmark = pytest.mark.skipif(not BINARIES or os.name != "posix", reason="no PostgreSQL server of Debian's package here")
+
+
+def _user() -> str | None:
+    """Who the server runs as: it refuses root."""
+    if os.getuid() != 0:
+        return None
+    for name in ("postgres", "nobody"):
+        try:
+            pwd.getpwnam(name)
+        except KeyError:
+            continue
+        return name
+    pytest.skip("root here, and no other user for the server to run as")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[str]:
+    """A server with nothing in it; its URL without a database."""
+    pytest.importorskip("psycopg", reason="extra postgres is not installed")
+    user = _user()
+    # The socket's path must be short, and the folder the server's own.
+    root = Path(f"/tmp/corollary-pg-{os.getpid()}")
+    root.mkdir()
+    bin_ = BINARIES[-1].parent
+    if user is not None:
+        account = pwd.getpwnam(user)
+        os.chown(root, account.pw_uid, account.pw_gid)
+    run = {
+        "user": user,
+        "cwd": root,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "env": {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"},
+    }
+    made = subprocess.run(
+        [bin_ / "initdb", "-D", root / "data", "-A", "trust", "-U", "lab", "-E", "UTF8", "--no-sync"], check=False, **run
+    )
+    if made.returncode:
+        shutil.rmtree(root, ignore_errors=True)
+        pytest.skip(f"initdb does not run here: {made.stdout.decode()[-200:]}")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [bin_ / "postgres", "-D", root / "data", "-k", root, "-p", str(port), "-c", "listen_addresses=127.0.0.1", "-F"], **run
+    )
+    try:
+        for _ in range(100):
+            if (
+                subprocess.run(
+                    [bin_ / "pg_isready", "-h", "127.0.0.1", "-p", str(port)], check=False, capture_output=True
+                ).returncode
+                == 0
+            ):
+                break
+            time.sleep(0.1)
+        else:
+            pytest.skip("the server does not come up here")
+        yield f"postgresql://lab@127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+        shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture
+def url(server) -> str:
+    """A fresh database."""
+    import psycopg
+
+    name = f"t{time.monotonic_ns()}"
+    with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return f"{server}/{name}"
+
+
+@pytest.fixture
+def lab(url, tmp_path) -> Iterator[s.Store]:
+    opened = s.open_store(url, tmp_path / "lab")
+    yield opened
+    opened.close()
+
+
+def test_lists_votes_and_versions(lab):
+    with lab.writing() as session:
+        session.add(s.Reader(name="one"))
+        for i in range(40):
+            session.add(
+                s.Paper(
+                    key=f"k{i}",
+                    title=f"Paper {i}",
+                    authors=("A B",),
+                    day=date(2024, 1, 1) + timedelta(days=i // 10),
+                    source="t",
+                    imported_votes=i % 4,
+                )
+            )
+    version = lab.version()
+    assert lab.version() == version
+    assert s.vote(lab, 1, 5) == s.vote(lab, 1, 5) == 1
+    assert lab.version() != version
+    found, after = [], None
+    while True:
+        page = s.papers_of_day(lab, date(2024, 1, 2), after=after, size=3)
+        found += [(paper.points, paper.id) for paper in page.papers]
+        after = page.next
+        if after is None:
+            break
+    assert found == sorted(found, reverse=True)
+    assert len(found) == 10
+    assert s.days(lab, date(2024, 1, 1), date(2024, 2, 1)) == {date(2024, 1, 1) + timedelta(days=d): 10 for d in range(4)}
+    assert s.nearest_day(lab, date(2025, 1, 1)) == date(2024, 1, 4)
+    assert len(s.trending(lab, size=7)) == 7
+
+
+def test_first_issue_search_and_likeness(lab):
+    first_issue(lab)
+    assert first_issue(lab).unchanged >= 135
+    assert catch_up(lab) >= 135
+    assert search(lab, "arxiv:2410.01623").hits[0].paper.slug == "fira"
+    assert "fira" in [h.paper.slug for h in search(lab, "low-rank optimizer that saves memory", size=5).hits]
+    words = search(lab, "stragglers in distributed gradient computation", mode="words")
+    assert words.hits[0].paper.slug == "gradient-coding"
+    assert search(lab, "gradeint codng stragler").parsed.corrected["codng"] == "coding"
+    assert all("low" in (h.paper.title + h.paper.summary).lower() for h in search(lab, '"low rank"').hits)
+    assert search(lab, "author:vechev").hits[0].paper.slug == "ibp-tightness"
+    assert all(h.paper.day >= date(2024, 1, 1) for h in search(lab, "gradient", Filters(first=date(2024, 1, 1))).hits)
+    assert {h.paper.slug for h in search(lab, "gradient", Filters(slugs=frozenset({"fira", "adamp"}))).hits} <= {
+        "fira",
+        "adamp",
+    }
+    fira = s.get_paper(lab, "fira")
+    assert similar(lab, fira.id, size=5)
+    assert nearest_implemented(lab, fira.id, size=2)
+
+
+@pytest.mark.parametrize(
+    "query", ["", "'", '"', "a & b | !c", "x'; DROP TABLE papers; --", "\0", "\ud800", ":*", "a <-> b", "%s %(x)s", "author:"]
+)
+def test_syntax_in_a_query_is_only_text(lab, query):
+    with lab.writing() as session:
+        session.add(s.Paper(key="k", title="a b c", day=date(2024, 1, 1), source="t"))
+    search(lab, query)
+    search(lab, query, Filters(category=query, slugs=frozenset([query])))
+    assert s.count_papers(lab) == 1
+
+
+def test_imports_twice_and_everything_back_into_sqlite(lab, tmp_path):
+    for name, body in (("a.rss", samples.RSS), ("a.bib", samples.BIBTEX.encode()), ("a.jsonl", samples.JSONL.encode())):
+        (tmp_path / name).write_bytes(body)
+        first = Importer(lab).run(str(tmp_path / name))
+        again = Importer(lab).run(str(tmp_path / name))
+        assert (again.counts.added, again.counts.updated, again.counts.unchanged) == (0, 0, first.counts.added)
+    with lab.writing() as session:
+        session.add(s.Reader(name="one"))
+        session.flush()
+        session.add(s.Vote(reader_id=1, paper_id=1))
+    export(lab, tmp_path / "all.jsonl")
+    other = s.open_store(f"sqlite:///{tmp_path / 'o' / 'daily.sqlite'}")
+    Importer(other).run(str(tmp_path / "all.jsonl"))
+    assert list(rows(other)) == list(rows(lab))
+    other.close()
+
+
+def test_everything_from_sqlite_and_new_rows_after_it(lab, store, tmp_path):
+    first_issue(store)
+    export(store, tmp_path / "all.jsonl")
+    Importer(lab).run(str(tmp_path / "all.jsonl"))
+    assert [r for r in rows(lab) if r["table"] == "papers"] == [r for r in rows(store) if r["table"] == "papers"]
+    with lab.writing() as session:  # the sequence has moved past the ids that came in
+        session.add(s.Paper(key="new", title="New", day=date(2024, 1, 1), source="t"))
+    assert s.get_paper(lab, "new").id > 135
+
+
+def test_migration_and_import_killed_anywhere(url, tmp_path):
+    (tmp_path / "a.jsonl").write_text(samples.JSONL)
+    for n in (5, 30, 45):
+        killed(n, lambda: s.open_store(url, tmp_path / "k"))
+    opened = s.open_store(url, tmp_path / "k")
+    with opened.reading() as connection:
+        assert connection.execute(text("SELECT count(*) FROM papers")).scalar() == 0
+    opened.close()
+    for n in (4, 7, 9):
+        killed(n, lambda: Importer(s.open_store(url, tmp_path / "k")).run(str(tmp_path / "a.jsonl")))
+    opened = s.open_store(url, tmp_path / "k")
+    Importer(opened).run(str(tmp_path / "a.jsonl"))
+    assert s.count_papers(opened) == 3
+    opened.close()
+
+
+def test_a_server_that_is_not_there_says_so_without_the_password():
+    with pytest.raises(s.StoreUnavailable, match="cannot open") as caught:
+        s.open_store("postgresql://lab:secret@127.0.0.1:1/x")
+    assert "secret" not in str(caught.value)
