@@ -127,10 +127,10 @@ def test_what_was_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(Interrupted):
         compress_checkpoint(path, SVD(ratio=0.5, allocation="global"), tmp_path / "small", progress=stop)
     first = len(calls)
-    compress_checkpoint(path, SVD(ratio=0.5, allocation="global"), tmp_path / "small")
-    # 14 spectra and 14 layers in all, and at most one layer twice: the one that was interrupted.
-    assert first > 14
-    assert 28 <= len(calls) <= 29
+    report = compress_checkpoint(path, SVD(ratio=0.5, allocation="global"), tmp_path / "small")
+    needed = 14 + sum(row.method == "SVD" for row in report.layers)  # the spectra, and the layers that do not stay dense
+    assert 14 < first < needed
+    assert needed <= len(calls) <= needed + 1  # the layer that was interrupted may be made twice
 
 
 def test_a_line_cut_off_in_the_journal_loses_no_later_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
