@@ -21,8 +21,9 @@ trained on the original's sentence vectors and held fixed, makes of the compress
 
 CLOSING = """
 The error of the states is the squared distance from the original's over their variance, mean over layers. The uncompressed model
-classifies {accuracy:.1%} rightly, at a loss of {loss:.3f}. Methods that look at activations lie below the plain decomposition of the
-same kind at every share: the quotients of their errors are in the second table.
+classifies {accuracy:.1%} rightly, at a loss of {loss:.3f}. The second table has the errors of methods that look at activations over
+those of the plain decomposition beside them: below 1 is better. Where packed weights lose next to nothing, as with 4 bits alone, all
+classify as the original does.
 
 Ranks by one budget go by each layer's error relative to its own output, where a method has nothing better, and a post-norm encoder does
 not mind all layers' errors alike: the same share of every layer is better here. With the gradient's second moment in the metric as well
@@ -46,7 +47,6 @@ def compression_page(results: Path) -> tuple[str, str]:
         return "# Compressing a real encoder\n\nNo results are on record yet: `python -m benchmarks.compression`.\n", ""
     report: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))
     rows: list[dict[str, Any]] = report["rows"]
-    half = report["texts"] // 2
     where = report["machine"]
     ratios = sorted({row["ratio"] for row in rows}, reverse=True)
     names = list(dict.fromkeys(row["method"] for row in rows))
@@ -62,7 +62,7 @@ def compression_page(results: Path) -> tuple[str, str]:
     ]
     parts = [
         INTRODUCTION.format(
-            matrices=report["matrices"], calibrated=half, tokens=report["tokens"], tested=report["texts"] - half,
+            matrices=report["matrices"], calibrated=report["calibrated"], tokens=report["tokens"], tested=report["tested"],
             masked=report["masked"],
         ),
         "![Error of hidden states and loss of classification against the share of bytes kept](compression.svg)\n",

@@ -128,10 +128,11 @@ def beats_weight_svd_on_minilm(trial: Trial, aligned: bool = True) -> Paired:
         seen = minilm.misplaced(seen, trial.seed, means=False)
     ratios = trial.pick(smoke=(0.5,), laptop=(0.9, 0.7, 0.5))
 
-    def look(small: nn.Module) -> float:
-        return data.error(small, chosen)
+    def ours_at(ratio: float) -> float:
+        config = LoRD(ratio=ratio, allocation="global")
+        return data.error(compress(data.model, config, minilm.LINEAR, calibration=seen), test)
 
-    ours = [data.error(ours_by_calibration(data.model, r, minilm.LINEAR, seen, look), test) for r in ratios]
+    ours = [ours_at(ratio) for ratio in ratios]
     svd = [min(data.relative(errors[test], test) for errors in _errors_of_svd(r)) for r in ratios]
     trial.figure(
         "against ratio", x=list(ratios), y={"LoRD": ours, "SVD": svd}, xlabel="share of weights kept", ylabel="relative error"
