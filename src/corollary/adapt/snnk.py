@@ -177,7 +177,7 @@ class BundledSNNK(nn.Module):
             weight, bias = first.weight, first.bias
             for features, after in zip(bundle.features, linears[1:], strict=True):
                 assert isinstance(features, RandomFeatureMap)
-                weight, bias = after.weight @ features.of_weight(weight, bias), after.bias  # type: ignore[assignment]
+                weight, bias = after.weight @ features.of_weight(weight, bias), after.bias
             bundle.weight.copy_(weight)
             bundle.bias.copy_(torch.zeros_like(bundle.bias) if bias is None else bias)
         return bundle

@@ -194,7 +194,7 @@ class RandomFeatureMap(nn.Module):
         """Φ(x) (..., num_features) of inputs (..., in_features)."""
         if self.activation == "relu":
             _need_matrix("x", x, self.directions)
-            return F.linear(x, self.directions, self.frequencies).relu() * self.num_features**-0.5
+            return F.linear(x, self.directions, self.frequencies).relu() / math.sqrt(self.num_features)
         return urf_input(x, self.directions, self.frequencies, damping=self.damping, balance=self.balance)
 
     def of_weight(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -204,7 +204,7 @@ class RandomFeatureMap(nn.Module):
             seen = F.linear(weight, self.directions)
             if bias is not None:
                 seen = seen + bias[..., None] * self.frequencies
-            return seen.relu() * self.num_features**-0.5
+            return seen.relu() / math.sqrt(self.num_features)
         phase = -math.pi / 2 if self.activation == "sin" else 0.0
         return urf_weight(
             weight, self.directions, self.frequencies, bias, phase=phase, damping=self.damping, balance=self.balance

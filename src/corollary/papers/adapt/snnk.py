@@ -172,7 +172,7 @@ class Bottleneck(AdapterConfig):
 TARGETS = ("output.dense",)
 """the second layer of the feed-forward network and attention's output: where Houlsby's adapters sit"""
 BASELINE = Bottleneck(rank=48)
-SNNK = SNNKAdapter(num_features=192, rank=12)
+SNNK = SNNKAdapter(num_features=192, rank=12, activation="sin")
 RATES: dict[str, tuple[float, ...]] = {"ours": (0.0075, 0.015, 0.03, 0.06), "baseline": (0.0025, 0.005, 0.01, 0.02)}
 ALLOWANCE = 0.02
 
@@ -202,7 +202,7 @@ def _tune_adapters(trial: Trial, method: SNNKAdapter = SNNK) -> dict[str, float]
     return found
 
 
-@claim(control={"method": Unlinked(num_features=192, rank=12)}, tune=_tune_adapters)
+@claim(control={"method": Unlinked(num_features=192, rank=12, activation="sin")}, tune=_tune_adapters)
 def a_fifth_of_the_parameters(trial: Trial, method: SNNKAdapter = SNNK) -> Paired:
     """Accuracy of an SNNK adapter against that of a bottleneck adapter five times its size, less an allowance."""
     ours = _accuracy(trial, method, trial.tuned["ours"], trial.seed)
