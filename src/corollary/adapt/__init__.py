@@ -31,9 +31,12 @@ from corollary.adapt.polynomial_attention import polynomial_attention
 from corollary.adapt.randlora import RandLoRA
 from corollary.adapt.report import AdapterReport, adapter_report
 from corollary.adapt.site import Site
+from corollary.adapt.snnk import BundledSNNK, SNNKLinear
+from corollary.adapt.snnk_adapter import SNNKAdapter
 from corollary.adapt.state import adapter_state_dict, load_adapter, load_adapter_state_dict, save_adapter
 from corollary.adapt.svfit import SVFit
 from corollary.adapt.triadaptlora import RankGrowth, TriAdaptLoRA
+from corollary.adapt.urf import urf_input, urf_weight
 from corollary.adapt.vera import VeRA
 
 __all__ = [
@@ -67,6 +70,11 @@ __all__ = [
     "SVFit",
     "LoLDU",
     "LoRASB",
+    "SNNKAdapter",
+    "SNNKLinear",
+    "BundledSNNK",
+    "urf_input",
+    "urf_weight",
     "mean_gradients",
     "polynomial_attention",
     "lora_attention_gradient",
