@@ -16,10 +16,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from corollary.adapt import LoLDU, LoRA, LoRAXS, RandLoRA, SVFit, VeRA
+from corollary.adapt import PEGO, LoLDU, LoRA, LoRAXS, RandLoRA, SVFit, VeRA
 from corollary.claims.environment import commit, machine, packages
 from corollary.papers.adapt import _minilm as task
-from corollary.papers.adapt import triadaptlora
+from corollary.papers.adapt import snnk, triadaptlora
 from corollary.papers.adapt.lora_sb import lora_sb
 
 RESULTS = Path(__file__).with_name("adapters.json")
@@ -27,8 +27,8 @@ SEEDS, TUNING = 10, 2
 Train = Callable[[float, int], task.Run]
 
 
-def _of(method: task.Method) -> Train:
-    return lambda lr, seed: task.fine_tune(method, lr, seed)
+def _of(method: task.Method, targets: tuple[str, ...] = task.LINEAR) -> Train:
+    return lambda lr, seed: task.fine_tune(method, lr, seed, task.STEPS, targets)
 
 
 METHODS: dict[str, tuple[Train, tuple[float, ...]]] = {
@@ -38,6 +38,10 @@ METHODS: dict[str, tuple[Train, tuple[float, ...]]] = {
     **{f"VeRA, rank {r}": (_of(VeRA(rank=r)), task.RATES["VeRA"]) for r in (64, 256)},
     **{f"LoRA-XS, rank {r}": (_of(LoRAXS(rank=r)), task.RATES["LoRAXS"]) for r in (8, 16)},
     "LoRA-SB, rank 16": (_of(lora_sb), (0.005, 0.01, 0.02, 0.04)),
+    "PEGO, 2 of rank 3": (_of(PEGO(rank=3, group_size=2)), task.RATES["LoRA"]),
+    "bottleneck, rank 48": (_of(snnk.BASELINE, snnk.TARGETS), snnk.RATES["baseline"]),
+    "bottleneck, rank 9": (_of(snnk.Bottleneck(rank=9), snnk.TARGETS), snnk.RATES["baseline"]),
+    "SNNK, 192 features": (_of(snnk.SNNK, snnk.TARGETS), snnk.RATES["ours"]),
     "SVFit": (_of(SVFit()), (0.05, 0.1, 0.2, 0.4)),
     "LoLDU": (_of(LoLDU()), (0.0025, 0.005, 0.01, 0.02)),
     "TriAdaptLoRA, rank 1 to 6": (lambda lr, seed: triadaptlora.grown(lr, seed, task.STEPS), triadaptlora.RATES),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import mkdocs_gen_files
+from adapters_page import adapters_page
 from bench_page import benchmark_page
 from checkpoint_tables import checkpoint_tables
 from cli_page import command_line_page
@@ -38,6 +39,10 @@ page, plot = pretraining_page(ROOT / "benchmarks" / "pretraining.json")
 write("pretraining.md", page)
 if plot:
     write("pretraining.svg", plot)
+page, plot = adapters_page(ROOT / "benchmarks" / "adapters.json")
+write("adapters.md", page)
+if plot:
+    write("adapters.svg", plot)
 page, plot = compression_page(ROOT / "benchmarks" / "compression.json")
 write("compression.md", page)
 if plot:

@@ -9,7 +9,20 @@ import pytest
 import torch
 from torch import nn
 
-from corollary.compress import SVD, EoRA, LoRD, Quantize, calibrate, compress, compression_report, load, save
+from corollary.compress import (
+    SVD,
+    EoRA,
+    LoRD,
+    Quantize,
+    calibrate,
+    compress,
+    compression_report,
+    decompose,
+    deploy,
+    factorize,
+    load,
+    save,
+)
 from corollary.compress.base import registry_of
 from corollary.models import GPT
 
@@ -38,6 +51,36 @@ def test_tied_tensors_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
 
     stored = load_file(tmp_path / "small" / "model.safetensors")
     assert len({"embed.weight", "head.weight"} & set(stored)) == 1
+
+
+@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+def test_a_factorized_model(tmp_path: Path, scheme: str) -> None:
+    def fresh() -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(4, 12, (3, 5), 2, "valid"), nn.ReLU(), nn.Flatten(), nn.Linear(108, 20), nn.Linear(20, 2)
+        )
+
+    model, x = fresh(), torch.randn(3, 4, 7, 9)
+    ranks = factorize(model, ranks={"0": 2, "3": 4}, skip=["4"], scheme=scheme)
+    assert ranks == {"0": 2, "3": 4}
+    again = load(save(model, tmp_path / "small"), fresh())
+    assert torch.equal(again(x), model(x))
+    assert [layer.kernel_size for layer in again[0]] == ([(3, 1), (1, 5)] if scheme == "spatial" else [(3, 5), (1, 1)])
+    packed = compress(model, Quantize(bits=8), r"3\.(down|up)")  # what comes after goes on top
+    assert torch.equal(load(save(packed, tmp_path / "packed"), fresh())(x), packed(x))
+    with pytest.raises(TypeError, match="factorize"):
+        compress(fresh(), registry_of(model).steps[0].config)
+
+
+def test_a_deployed_model(tmp_path: Path) -> None:
+    def fresh() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    model, x = decompose(fresh()), torch.randn(5, 16)
+    deploy(model, {"0": 3})
+    assert type(model[2]) is nn.Linear  # rank 3 of 16 by 3 saves nothing
+    again = load(save(model, tmp_path / "small"), fresh())
+    assert torch.equal(again(x), model(x))
 
 
 def test_inside_transformers(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from corollary.compress.factors import record_split
 from corollary.compress.splitting import split_layer, splittable
 
 
@@ -464,13 +465,16 @@ def deploy(model: nn.Module, ranks: Mapping[str, int] | None = None) -> nn.Modul
     for name in ranks or {}:
         if name not in layers:
             raise ValueError(f"'ranks' names {name!r}, which is no Maestro layer; there are: {', '.join(layers)}")
+    split: dict[str, int] = {}
     for name, layer in layers.items():
         layer.set_rank((ranks or {}).get(name, layer.rank))
         into, out = layer._factors()
         dense = layer.dense_like()
         if into.numel() + out.numel() < dense.weight.numel():
             model.set_submodule(name, split_layer(dense, out, into))
+            split[name] = into.shape[0]
         else:
             dense.weight.copy_((out @ into).view_as(dense.weight))
             model.set_submodule(name, dense)
+    record_split(model, split, "channel")
     return model

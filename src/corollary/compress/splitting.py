@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from corollary.compress.factors import record_split, spatial_pair
 from corollary.compress.layers import factored, set_factors
 
 SCHEMES = ("channel", "spatial")
@@ -135,18 +136,14 @@ def split_layer(layer: nn.Linear | nn.Conv2d, left: Tensor, right: Tensor, schem
         )
     if isinstance(layer, nn.Linear) or scheme == "channel":
         return set_factors(factored(layer, rank), left, right, layer.bias)
+    pair = spatial_pair(layer, rank)
+    first, second = cast(nn.Conv2d, pair[0]), cast(nn.Conv2d, pair[1])
     into, out, (h, w) = layer.in_channels, layer.out_channels, layer.kernel_size
-    stride, dilation, padding = layer.stride, layer.dilation, layer.padding
-    # 'same' and 'valid' say the same of either axis.
-    tall, wide = (padding, padding) if isinstance(padding, str) else ((padding[0], 0), (0, padding[1]))
-    kind: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-    first = nn.Conv2d(into, rank, (h, 1), (stride[0], 1), tall, (dilation[0], 1), bias=False, **kind)
-    second = nn.Conv2d(rank, out, (1, w), (1, stride[1]), wide, (1, dilation[1]), bias=layer.bias is not None, **kind)
     first.weight.copy_(left.view(into, h, rank).permute(2, 0, 1)[..., None])
     second.weight.copy_(right.view(rank, out, w).transpose(0, 1)[:, :, None])
     if layer.bias is not None and second.bias is not None:
         second.bias.copy_(layer.bias)
-    return nn.Sequential(first, second).train(layer.training)
+    return pair
 
 
 @torch.no_grad()
@@ -200,6 +197,7 @@ def factorize(
         if rank < 1:
             raise ValueError(f"'ranks' gives {name!r} the rank {rank}; allowed: at least 1")
     split: dict[str, int] = {}
+    schemes: dict[str, str] = {}
     for name, layer in layers.items():
         matrix = unfold_weight(layer.weight, scheme)
         wide = matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
@@ -210,6 +208,9 @@ def factorize(
         root = s[:rank].sqrt()
         model.set_submodule(name, split_layer(layer, u[:, :rank] * root, root[:, None] * vh[:rank], scheme))
         split[name] = rank
+        schemes[name] = "spatial" if scheme == "spatial" and isinstance(layer, nn.Conv2d) else "channel"
+    for kind in ("channel", "spatial"):
+        record_split(model, {name: rank for name, rank in split.items() if schemes[name] == kind}, kind)
     return split
 
 

@@ -43,7 +43,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     the model shares are stored once; and it holds the report. `load` brings all of it back.
 
     Args:
-        model: what `compress` gave.
+        model: what `compress` gave, or `factorize` or `deploy` changed.
         folder: made where it is missing; files of these names in it are replaced. Each is written beside itself and renamed, the
             manifest last.
 
