@@ -52,6 +52,7 @@ def click_log(
     field_sizes: Sequence[int] = FIELD_SIZES,
     *,
     latent: int = 4,
+    decay: float = 0.0,
     exponent: float = 1.0,
     rate: float = 0.2,
     main: float = 0.7,
@@ -63,15 +64,17 @@ def click_log(
     Field f shows id i with probability :math:`\propto (i+1)^{-s}`, and a row with ids :math:`i_1, \dots, i_F` is clicked with log-odds
 
     .. math:: b + \frac{\sigma_1}{\sqrt F} \sum_f w_{f,i_f}
-        + \frac{\sigma_2}{\sqrt{r F (F-1) / 2}} \sum_{f<g} \langle u_{f,i_f}, u_{g,i_g} \rangle,
+        + \frac{\sigma_2}{\sqrt{c F (F-1) / 2}} \sum_{f<g} \langle u_{f,i_f}, u_{g,i_g} \rangle,
+        \qquad c = \sum_{k=1}^r k^{-2d},
 
-    all w and the r coordinates of u being standard normal: the two sums have standard deviations of about :math:`\sigma_1` and
-    :math:`\sigma_2`.
+    all w being standard normal and the r coordinates of u normal with variances :math:`k^{-d}`: the two sums have standard deviations
+    of about :math:`\sigma_1` and :math:`\sigma_2`.
 
     Args:
         rows: how many.
         field_sizes: ids in each field.
         latent: r.
+        decay: d; 0 makes all coordinates alike, and 1 gives a spectrum that falls as those of trained embeddings do.
         exponent: s of the power law; 0 shows all ids alike.
         rate: share of rows that are clicked, in (0, 1), which b is chosen for.
         main: :math:`\sigma_1`.
@@ -94,13 +97,14 @@ def click_log(
     if fields < 2:
         raise ValueError(f"'field_sizes' has {fields} fields; allowed: at least 2, since effects are between fields")
     need_fraction("rate", rate)
-    for name, value in {"main": main, "interaction": interaction, "exponent": exponent}.items():
+    for name, value in {"decay": decay, "main": main, "interaction": interaction, "exponent": exponent}.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"'{name}' must be at least 0 and finite, not {value!r}")
 
     alone = [torch.randn(size, generator=generator) * (main / math.sqrt(fields)) for size in field_sizes]
-    spread = math.sqrt(interaction) / (latent * fields * (fields - 1) / 2) ** 0.25
-    factors = [torch.randn(size, latent, generator=generator) * spread for size in field_sizes]
+    sizes = torch.arange(1.0, latent + 1).pow(-decay / 2)
+    sizes *= math.sqrt(interaction) / (float(sizes.pow(4).sum()) * fields * (fields - 1) / 2) ** 0.25
+    factors = [torch.randn(size, latent, generator=generator) * sizes for size in field_sizes]
     columns = []
     logits = torch.zeros(rows)
     total, squares = torch.zeros(rows, latent), torch.zeros(rows, latent)

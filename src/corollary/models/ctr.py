@@ -133,7 +133,8 @@ class DeepFM(_FieldModel):
         pairs = (embedded.sum(1).square() - embedded.square().sum(1)).sum(1) / 2  # of all pairs, in time linear in the fields
         deep: Tensor = self.head(self.deep(embedded.flatten(1)))[:, 0]
         alone: Tensor = self.first_order(rows)[:, 0]
-        return pairs + deep + alone
+        out: Tensor = pairs + deep + alone
+        return out
 
 
 class DCN(_FieldModel):
@@ -178,7 +179,8 @@ class DCN(_FieldModel):
         x = start
         for weight, bias in zip(self.cross_weight, self.cross_bias, strict=True):
             x = start * (x @ weight)[:, None] + bias + x
-        return torch.cat([x, self.deep(start)], 1)
+        deep: Tensor = self.deep(start)
+        return torch.cat([x, deep], 1)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Log-odds (batch,) of ids (batch, fields)."""
