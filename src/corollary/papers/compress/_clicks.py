@@ -102,7 +102,7 @@ def batches(log: ClickLog) -> Iterator[Tensor]:
     return iter(torch.split(log.ids, 10_000))
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=8)
 def trained(kind: str, seed: int, train: int, epochs: int = EPOCHS) -> Trained:
     """A click model of a kind, trained on the seed's log."""
     parts = logs(seed, train)

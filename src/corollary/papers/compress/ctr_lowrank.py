@@ -103,7 +103,7 @@ def _auc_not_below(trial: Trial, kind: str, leading: bool) -> Paired:
     return Paired(ours=ours, baseline=whole)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=8)
 def _original(kind: str, seed: int, train: int, epochs: int) -> float:
     """AUC of the original trained further, once for a claim and its control."""
     held = trained(kind, seed, train, epochs)
@@ -139,7 +139,7 @@ def misplaced(seen: Calibration, seed: int) -> Calibration:
 
 
 def _parts() -> tuple[Tensor, ...]:
-    return torch.split(torch.arange(sum(FIELD_SIZES)), FIELD_SIZES)
+    return torch.split(torch.arange(sum(FIELD_SIZES)), list(FIELD_SIZES))
 
 
 SHARES = (0.4, 0.27, 0.2)
@@ -188,7 +188,7 @@ def auc_above_weight_svd(trial: Trial, leading: bool = True) -> Paired:
     return Paired(ours=held.auc(held.tuned_further(small)), baseline=plain)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=8)
 def _plain(seed: int, train: int, epochs: int) -> tuple[float, float]:
     """AUC by weight decomposition, before fine-tuning and after, once for the claim and its control."""
     held = trained("DeepFM", seed, train, epochs)
