@@ -4,6 +4,7 @@ from corollary.compress.base import CompressConfig, compress, compression_report
 from corollary.compress.budget import Allocation, allocate_ranks, uniform_ranks
 from corollary.compress.calibration import Calibration, Moments, calibrate, load_calibration
 from corollary.compress.checkpoint import compress_checkpoint, linear_layers
+from corollary.compress.ctr_lowrank import CTRLowRank, FactoredFields
 from corollary.compress.eora import EoRA, Quantize
 from corollary.compress.layers import Factored, factored, set_factors
 from corollary.compress.lord import LoRD
@@ -38,6 +39,8 @@ __all__ = [
     "SVD",
     "FeaturePCA",
     "LoRD",
+    "CTRLowRank",
+    "FactoredFields",
     "Quantize",
     "EoRA",
     "Calibration",

@@ -6,6 +6,7 @@ Nothing here opens a connection: every set is in a package that is installed, or
 from corollary.data.checkpoint_layout import TensorSpec, WriteError
 from corollary.data.checkpoint_writer import CheckpointWriter
 from corollary.data.checkpoints import SafetensorsFile, load_safetensors
+from corollary.data.clicks import ClickLog, click_log
 from corollary.data.docstrings import stdlib_docstrings
 from corollary.data.generators import low_rank_matrix, spectrum_matrix
 from corollary.data.images import image_patches, photographs
@@ -27,6 +28,8 @@ __all__ = [
     "stdlib_docstrings",
     "minilm",
     "hidden_states",
+    "click_log",
+    "ClickLog",
     "low_rank_matrix",
     "spectrum_matrix",
     "ImageFolder",

@@ -3,9 +3,10 @@
 Each has ``features(x)`` (what the last layer sees), ``head`` (that layer), ``num_features``, and second derivatives.
 """
 
+from corollary.models.ctr import DCN, DeepFM, FieldEmbedding
 from corollary.models.gpt import GPT
 from corollary.models.mlp import MLP
 from corollary.models.resnet import ResNet
 from corollary.models.vit import ViT
 
-__all__ = ["MLP", "ResNet", "ViT", "GPT"]
+__all__ = ["MLP", "ResNet", "ViT", "GPT", "DeepFM", "DCN", "FieldEmbedding"]
