@@ -1,0 +1,319 @@
+"""GAQAT (arXiv 2412.05551): how its claims are measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import affine_grid, cross_entropy, grid_sample, max_pool2d
+from torch.optim import SGD, Adam, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from corollary.claims import Paired, Trial, claim
+from corollary.compress import GAQAT, LSQConfig, LSQConv2d, LSQLinear, gaqat_groups, gradient_disorder, quantize_aware
+from corollary.data import digits
+from corollary.optim import SAM
+from corollary.testing import Case, Problem
+from corollary.testing.optimizer import separable
+
+Arrays = list[NDArray[np.float64]]
+
+# ------------------------------------------------------------------------------------------------------------ conformance
+
+
+def gaqat_oracle(
+    problem: Problem,
+    steps: int,
+    lr: float = 0.05,
+    momentum: float = 0.9,
+    rho: float = 0.05,
+    alpha: float = 0.0,
+    threshold: float = 0.3,
+    period: int = 3,
+) -> list[Arrays]:
+    """The whole rule entry by entry, in numpy: every entry of every array is a step that may be frozen."""
+    params = [p.copy() for p in problem.start]
+    buffers = [np.zeros_like(p) for p in params]
+    frozen = [np.zeros(p.shape, dtype=bool) for p in params]
+    history: list[Arrays] = []
+    path = []
+    for _ in range(steps):
+        task = problem.gradient(params)
+        norm = math.sqrt(sum(float((g**2).sum()) for g in task))
+        smooth = problem.gradient([p + (rho / norm - alpha) * g for p, g in zip(params, task, strict=True)])
+        for i, (t, s) in enumerate(zip(task, smooth, strict=True)):
+            mixed = np.where(frozen[i], s / 2, (t + s) / 2)
+            buffers[i] = momentum * buffers[i] + mixed
+            params[i] = params[i] - lr * buffers[i]
+        history.append([g.copy() for g in task])
+        if len(history) == period:
+            for i, mask in enumerate(frozen):
+                for at in np.ndindex(mask.shape):
+                    turns = sum(history[k][i][at] * history[k + 1][i][at] < 0 for k in range(period - 1))
+                    mask[at] = turns / (period - 1) < threshold
+            history = []
+        path.append([p.copy() for p in params])
+    return path
+
+
+def _coupled() -> Problem:
+    """The separable problem, declared coupled: the climb's norm runs over all parameters."""
+    return replace(separable(), separable=False)
+
+
+def _step(optimizer: Optimizer, params: Sequence[Tensor], loss: Callable[[Sequence[Tensor]], Tensor]) -> Any:
+    def closure() -> Tensor:
+        value = loss(params)
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    return optimizer.step(closure)  # type: ignore[arg-type]
+
+
+def make_gaqat(params: Any, lr: float = 0.05, momentum: float = 0.9, **options: Any) -> GAQAT:
+    """All parameters may be frozen, so that the checks see every part of the rule."""
+    return GAQAT(params, SGD, lr=lr, momentum=momentum, **{"scales": True, "period": 3, **options})
+
+
+def _linear() -> nn.Module:
+    layer = LSQLinear(9, 5, bits=4)
+    layer.input_quantizer.scale.data.fill_(0.3)
+    return layer
+
+
+def _conv() -> nn.Module:
+    layer = LSQConv2d(3, 4, 3, padding=1, bits=4)
+    layer.input_quantizer.scale.data.fill_(0.3)
+    return layer
+
+
+_STRAIGHT = {"gradcheck": "straight-through: the output is a staircase, and its gradient is by design not its slope"}
+
+CONFORMANCE = {
+    "corollary.compress.GAQAT": Case(
+        make_gaqat,
+        tags={
+            "oracle": gaqat_oracle,
+            "options": (
+                {},
+                {"rho": 0.7, "momentum": 0.0, "threshold": 0.0},
+                {"rho": 0.5, "alpha": 0.2, "lr": 0.6, "momentum": 0.5, "period": 4},
+                {"lr": 0.7, "momentum": 0.0, "period": 2, "threshold": 1.0},
+            ),
+            "problem": _coupled,
+            "step": _step,
+            "fsdp2": "refused",
+        },
+    ),
+    "corollary.compress.LSQLinear": Case(_linear, tags={"inputs": ((9,),), "output": (5,)}, xfail=_STRAIGHT),
+    "corollary.compress.LSQConv2d": Case(
+        _conv,
+        tags={"inputs": ((3, 6, 7),), "output": (4, 6, 7), "leading": ((4,), ()), "free": ((0, 1), (0, 2))},
+        xfail=_STRAIGHT,
+    ),
+    "corollary.compress.gradient_disorder": Case(
+        lambda: gradient_disorder,
+        tags={
+            "inputs": lambda g, dtype: (
+                torch.randn(4, 9, generator=g, dtype=torch.float64).to(dtype),
+                torch.randn(4, 9, generator=g, dtype=torch.float64).to(dtype),
+            ),
+            "differentiable": False,
+            "bad": {"two lengths": (torch.ones(3, 4), torch.ones(3, 5)), "one step alone": (torch.ones(3, 1),)},
+        },
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------- domains
+
+DOMAINS = ("plain", "turned", "thick", "noisy", "faint")
+BATCH, PERIOD = 64, 20
+
+
+def shifted(x: Tensor, domain: str, generator: torch.Generator) -> Tensor:
+    """Images (n, 1, 8, 8) in [0, 1] as a domain shows them."""
+    if domain == "turned":
+        angle = torch.deg2rad(15 + 20 * torch.rand(len(x), generator=generator))
+        cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+        turn = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
+        return grid_sample(x, affine_grid(turn, list(x.shape), align_corners=False), align_corners=False)
+    if domain == "thick":
+        return (x + max_pool2d(x, 3, stride=1, padding=1)) / 2
+    if domain == "noisy":
+        return (x + 0.3 * torch.randn(x.shape, generator=generator)).clamp(0, 1)
+    return 0.2 + 0.5 * x if domain == "faint" else x
+
+
+class Net(nn.Module):
+    """Three convolutions and a head, 8,000 weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(1, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.conv2, self.norm2 = nn.Conv2d(12, 24, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(24)
+        self.conv3, self.norm3 = nn.Conv2d(24, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24)
+        self.head = nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv1(x)).relu()
+        x = self.norm2(self.conv2(x)).relu()
+        x = self.norm3(self.conv3(x)).relu()
+        out: Tensor = self.head(x.mean((2, 3)))
+        return out
+
+
+@dataclass(frozen=True)
+class _Task:
+    """The held-out domain; training images of the four others, each image in one of them; unseen images of the others and of it."""
+
+    held: str
+    train_x: Tensor
+    train_y: Tensor
+    valid_x: Tensor
+    test_x: Tensor
+    test_y: Tensor
+
+
+@lru_cache(maxsize=64)
+def task_of(seed: int) -> _Task:
+    """Digits dealt out by the seed; the plain domain is never the held-out one."""
+    held = DOMAINS[1 + seed % 4]
+    split, generator = digits(seed=seed % 2**31), torch.Generator().manual_seed(seed)
+    sources = [d for d in DOMAINS if d != held]
+
+    def spread(x: Tensor) -> Tensor:
+        return torch.cat([shifted(part, d, generator) for part, d in zip(x.chunk(4), sources, strict=True)])
+
+    train, valid = spread(split.train_x), spread(split.test_x)
+    return _Task(held, train, split.train_y, valid, shifted(split.test_x, held, generator), split.test_y)
+
+
+def _train(net: nn.Module, optimizer: Optimizer, task: _Task, steps: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    inner = getattr(optimizer, "base_optimizer", optimizer)
+    schedule = CosineAnnealingLR(inner, steps)
+    net.train()
+    for _ in range(steps):
+        rows = torch.randint(len(task.train_x), (BATCH,), generator=generator)
+        x, y = task.train_x[rows], task.train_y[rows]
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            loss = cross_entropy(net(x), y)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        optimizer.zero_grad()
+        optimizer.step(closure)  # type: ignore[arg-type]
+        schedule.step()
+    net.eval()
+
+
+@lru_cache(maxsize=64)
+def _pretrained(seed: int, steps: int) -> Mapping[str, Tensor]:
+    """A full-precision network after some steps on the source domains: where every method begins."""
+    torch.manual_seed(seed)
+    net = Net()
+    _train(net, Adam(net.parameters(), lr=0.01), task_of(seed), steps, seed)
+    return net.state_dict()
+
+
+@dataclass(frozen=True)
+class Run:
+    """Accuracies in points: on the held-out domain, on unseen images of the source domains; share of frozen steps at the end."""
+
+    out: float
+    source: float
+    frozen: float
+
+
+@lru_cache(maxsize=1024)
+def run(seed: int, steps: int, bits: int, method: str, lr: float, rho: float = 0.0, threshold: float = 0.0) -> Run:
+    """Train a network of so many bits by 'LSQ', 'SAM' or 'GAQAT', all three with momentum."""
+    task, net = task_of(seed), Net()
+    net.load_state_dict(_pretrained(seed, steps // 2))
+    quantize_aware(net, LSQConfig(bits=bits), task.train_x[::5])
+    base: Any = {"lr": lr, "momentum": 0.9}
+    optimizer: Any
+    if method == "LSQ":
+        optimizer = SGD(net.parameters(), **base)
+    elif method == "SAM":
+        optimizer = SAM(net.parameters(), SGD, rho, model=net, **base)
+    else:
+        optimizer = GAQAT(gaqat_groups(net), SGD, rho, threshold=threshold, period=PERIOD, model=net, **base)
+    _train(net, optimizer, task, steps, seed)
+
+    @torch.no_grad()
+    def accuracy(x: Tensor) -> float:
+        return 100 * float((net(x).argmax(1) == task.test_y).double().mean())
+
+    return Run(accuracy(task.test_x), accuracy(task.valid_x), optimizer.frozen() if method == "GAQAT" else 0.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------- claims
+
+TUNING_SEEDS = (100, 101, 102, 103)
+SETTINGS: Mapping[str, tuple[tuple[float, ...], ...]] = {
+    "LSQ": ((0.03,), (0.05,), (0.1,), (0.15,), (0.2,), (0.3,)),
+    "SAM": tuple((lr, rho) for lr in (0.1, 0.2) for rho in (0.1, 0.2, 0.4)),
+    "GAQAT": tuple((lr, rho, 0.3) for lr in (0.1, 0.2) for rho in (0.2, 0.4, 0.8)),
+}
+
+
+def _steps(trial: Trial) -> int:
+    return trial.pick(smoke=10, laptop=150, full=1500)
+
+
+def _tune(bits: int, baseline: str) -> Callable[..., dict[str, list[float]]]:
+    """The setting of each method with the highest accuracy on unseen images of the source domains, as DomainBed chooses."""
+
+    def tune(trial: Trial, **_: Any) -> dict[str, list[float]]:
+        seeds, steps = trial.pick(smoke=TUNING_SEEDS[:1], laptop=TUNING_SEEDS), _steps(trial)
+
+        def score(method: str, setting: tuple[float, ...]) -> float:
+            return sum(run(seed, steps, bits, method, *setting).source for seed in seeds)
+
+        return {m: list(max(SETTINGS[m], key=lambda setting, m=m: score(m, setting))) for m in ("GAQAT", baseline)}  # type: ignore[misc]
+
+    return tune
+
+
+def _against(trial: Trial, bits: int, baseline: str, climb: bool, freeze: bool) -> Paired:
+    lr, rho, threshold = trial.tuned["GAQAT"]
+    if not climb:
+        lr, rho = trial.tuned["LSQ"][0], 0.0
+    ours = run(trial.seed, _steps(trial), bits, "GAQAT", lr, rho, threshold if freeze else 0.0)
+    other = run(trial.seed, _steps(trial), bits, baseline, *trial.tuned[baseline])
+    trial.log(held_out=task_of(trial.seed).held, frozen=ours.frozen, source=ours.source, baseline_source=other.source)
+    return Paired(ours=ours.out, baseline=other.out)
+
+
+@claim(control={"climb": False, "freeze": False}, tune=_tune(4, "LSQ"))
+def beats_lsq_at_4_bits(trial: Trial, climb: bool = True, freeze: bool = True) -> Paired:
+    """Accuracy out of the domain at 4 bits, against LSQ."""
+    return _against(trial, 4, "LSQ", climb, freeze)
+
+
+@claim(control={"climb": False, "freeze": False}, tune=_tune(3, "LSQ"))
+def beats_lsq_at_3_bits(trial: Trial, climb: bool = True, freeze: bool = True) -> Paired:
+    """Accuracy out of the domain at 3 bits, against LSQ."""
+    return _against(trial, 3, "LSQ", climb, freeze)
+
+
+@claim(control={"freeze": False}, tune=_tune(4, "SAM"))
+def beats_sam_at_4_bits(trial: Trial, freeze: bool = True) -> Paired:
+    """Accuracy out of the domain at 4 bits, against LSQ trained by SAM."""
+    return _against(trial, 4, "SAM", True, freeze)
+
+
+@claim(control={"freeze": False}, tune=_tune(3, "SAM"))
+def beats_sam_at_3_bits(trial: Trial, freeze: bool = True) -> Paired:
+    """Accuracy out of the domain at 3 bits, against LSQ trained by SAM."""
+    return _against(trial, 3, "SAM", True, freeze)
