@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +17,17 @@ from torch.nn.functional import affine_grid, cross_entropy, grid_sample, max_poo
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from corollary.claims import Paired, Trial, claim
-from corollary.compress import GAQAT, LSQConfig, LSQConv2d, LSQLinear, gaqat_groups, gradient_disorder, quantize_aware
+from corollary.claims import Exact, Paired, Trial, claim
+from corollary.compress import (
+    GAQAT,
+    LSQConfig,
+    LSQConv2d,
+    LSQLinear,
+    gaqat_groups,
+    gradient_disorder,
+    lsq_layers,
+    quantize_aware,
+)
 from corollary.data import digits
 from corollary.optim import SAM
 from corollary.testing import Case, Problem
@@ -135,7 +145,7 @@ CONFORMANCE = {
 # ---------------------------------------------------------------------------------------------------------------- domains
 
 DOMAINS = ("plain", "turned", "thick", "noisy", "faint")
-BATCH, PERIOD = 64, 20
+TRAINING, BATCH, PERIOD = 400, 32, 20
 
 
 def shifted(x: Tensor, domain: str, generator: torch.Generator) -> Tensor:
@@ -192,8 +202,8 @@ def task_of(seed: int) -> _Task:
     def spread(x: Tensor) -> Tensor:
         return torch.cat([shifted(part, d, generator) for part, d in zip(x.chunk(4), sources, strict=True)])
 
-    train, valid = spread(split.train_x), spread(split.test_x)
-    return _Task(held, train, split.train_y, valid, shifted(split.test_x, held, generator), split.test_y)
+    train, valid = spread(split.train_x[:TRAINING]), spread(split.test_x)
+    return _Task(held, train, split.train_y[:TRAINING], valid, shifted(split.test_x, held, generator), split.test_y)
 
 
 def _train(net: nn.Module, optimizer: Optimizer, task: _Task, steps: int, seed: int) -> None:
@@ -239,7 +249,7 @@ def run(seed: int, steps: int, bits: int, method: str, lr: float, rho: float = 0
     """Train a network of so many bits by 'LSQ', 'SAM' or 'GAQAT', all three with momentum."""
     task, net = task_of(seed), Net()
     net.load_state_dict(_pretrained(seed, steps // 2))
-    quantize_aware(net, LSQConfig(bits=bits), task.train_x[::5])
+    quantize_aware(net, LSQConfig(bits=bits), task.train_x)
     base: Any = {"lr": lr, "momentum": 0.9}
     optimizer: Any
     if method == "LSQ":
@@ -259,16 +269,16 @@ def run(seed: int, steps: int, bits: int, method: str, lr: float, rho: float = 0
 
 # ----------------------------------------------------------------------------------------------------------------- claims
 
-TUNING_SEEDS = (100, 101, 102, 103)
+TUNING_SEEDS = (100, 101, 102, 103)  # each domain is held out once
 SETTINGS: Mapping[str, tuple[tuple[float, ...], ...]] = {
-    "LSQ": ((0.03,), (0.05,), (0.1,), (0.15,), (0.2,), (0.3,)),
-    "SAM": tuple((lr, rho) for lr in (0.1, 0.2) for rho in (0.1, 0.2, 0.4)),
-    "GAQAT": tuple((lr, rho, 0.3) for lr in (0.1, 0.2) for rho in (0.2, 0.4, 0.8)),
+    "LSQ": ((0.05,), (0.1,), (0.15,), (0.2,)),
+    "SAM": tuple((lr, rho) for lr in (0.1, 0.2) for rho in (0.2, 0.4)),
+    "GAQAT": tuple((lr, rho, 0.4) for lr in (0.1, 0.2) for rho in (0.4, 0.8)),
 }
 
 
 def _steps(trial: Trial) -> int:
-    return trial.pick(smoke=10, laptop=150, full=1500)
+    return trial.pick(smoke=10, laptop=200, full=2000)
 
 
 def _tune(bits: int, baseline: str) -> Callable[..., dict[str, list[float]]]:
@@ -317,3 +327,81 @@ def beats_sam_at_4_bits(trial: Trial, freeze: bool = True) -> Paired:
 def beats_sam_at_3_bits(trial: Trial, freeze: bool = True) -> Paired:
     """Accuracy out of the domain at 3 bits, against LSQ trained by SAM."""
     return _against(trial, 3, "SAM", True, freeze)
+
+
+# ------------------------------------------------------------------------------------------------------ the rule, by hand
+
+
+def _round_by_hand(x: Tensor, scale: Tensor, low: int, high: int, size: int) -> Tensor:
+    """LSQ as ordinary operations on detached parts: autograd then gives the straight-through gradients."""
+    factor = 1 / math.sqrt(size * high)
+    scaled = scale.abs() * factor
+    step = scaled + (scale.abs() - scaled).detach()
+    level = (x / step).clamp(low, high)
+    return (level + (level.round() - level).detach()) * step
+
+
+def _by_hand(start: Sequence[Tensor], ranges: Sequence[int], x: Tensor, y: Tensor, settings: Any, steps: int) -> list[Tensor]:
+    """GAQAT on a perceptron whose parameters are weight, bias, input step and weight step of each layer, with kept histories."""
+    lr, rho, threshold, period = settings
+    params = [p.clone().requires_grad_() for p in start]
+    frozen = [False] * len(params)
+    history: list[list[float]] = [[] for _ in params]
+
+    def gradients() -> tuple[Tensor, ...]:
+        h, layers = x, len(params) // 4
+        for i in range(layers):
+            weight, bias, of_input, of_weight = params[4 * i : 4 * i + 4]
+            bits = ranges[i]
+            h = _round_by_hand(h, of_input, 0, 2**bits - 1, h.shape[1])
+            h = h @ _round_by_hand(weight, of_weight, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, weight.numel()).T + bias
+            h = h.relu() if i + 1 < layers else h
+        return torch.autograd.grad(cross_entropy(h, y), params)
+
+    for _ in range(steps):
+        task = gradients()
+        norm = math.sqrt(sum(float(g.square().sum()) for g in task))
+        begin = [p.detach().clone() for p in params]
+        with torch.no_grad():
+            for p, g in zip(params, task, strict=True):
+                p += rho * g / norm
+        smooth = gradients()
+        with torch.no_grad():
+            for i, p in enumerate(params):
+                p.copy_(begin[i] - lr * (smooth[i] / 2 if frozen[i] else (task[i] + smooth[i]) / 2))
+        for i, g in enumerate(task):
+            if g.ndim == 0:
+                history[i].append(float(g))
+                if len(history[i]) == period:
+                    turns = sum(a * b < 0 for a, b in itertools.pairwise(history[i]))
+                    frozen[i], history[i] = turns / (period - 1) < threshold, []
+    return [p.detach() for p in params]
+
+
+@claim(control={"freeze": False})
+def follows_the_rule(trial: Trial, freeze: bool = True) -> Exact:
+    """A 3-bit perceptron on digits after some steps, against the rule by hand: the largest difference of a parameter."""
+    split = digits(seed=trial.seed % 2**31, flat=True)
+    x, y = split.train_x[:200].double(), split.train_y[:200]
+    torch.manual_seed(trial.seed)
+    net = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 10)).double()
+    quantize_aware(net, LSQConfig(bits=3), x)
+    layers = list(lsq_layers(net).values())
+    flat = [p for m in layers for p in (m.weight, m.bias, m.input_quantizer.scale, m.weight_quantizer.scale) if p is not None]
+    start = [p.detach().clone() for p in flat]
+    lr, rho, threshold, period, steps = 0.05, 0.1, 0.4, 5, trial.pick(smoke=12, laptop=40)
+    groups = gaqat_groups(net)
+    optimizer = GAQAT(groups, SGD, rho, threshold=threshold if freeze else 0.0, period=period, lr=lr)
+    shares = []
+
+    def closure() -> Tensor:
+        loss = cross_entropy(net(x), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    for _ in range(steps):
+        optimizer.step(closure)
+        shares.append(optimizer.frozen())
+    expected = _by_hand(start, [m.weight_quantizer.bits for m in layers], x, y, (lr, rho, threshold, period), steps)
+    trial.log(frozen=sum(shares) / steps)
+    return Exact([float((p.detach() - e).abs().max()) for p, e in zip(flat, expected, strict=True)])
