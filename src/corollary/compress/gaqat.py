@@ -82,7 +82,7 @@ class GAQAT(FixedRadius):
         g_\mathrm{task} = ∇L(θ), \qquad g_\mathrm{smooth} = ∇L\Big(θ + \big(\tfrac{ρ}{\|g_\mathrm{task}\|} - α\big)
         g_\mathrm{task}\Big), \qquad θ ← \mathrm{base}\big(θ, \tfrac12 (m\, g_\mathrm{task} + g_\mathrm{smooth})\big)
 
-    with m = 1. For the steps s of the quantizers the two often pull in opposite directions. Every ``period`` steps the disorder of
+    with m = 1. For the steps s of the quantizers the two can pull in opposite directions. Every ``period`` steps the disorder of
     each one's task gradient over that time is taken (`gradient_disorder`: how often its sign turned), and where it is below
     ``threshold``, m is 0 for the next ``period`` steps: the gradient has settled against the other, which is left to act alone.
 
