@@ -6,9 +6,19 @@ from corollary.compress.calibration import Calibration, Moments, calibrate, load
 from corollary.compress.checkpoint import compress_checkpoint, linear_layers
 from corollary.compress.ctr_lowrank import CTRLowRank, FactoredFields
 from corollary.compress.eora import EoRA, Quantize
+from corollary.compress.gaqat import GAQAT, gaqat_groups, gradient_disorder
 from corollary.compress.layers import Factored, factored, set_factors
 from corollary.compress.lord import LoRD
 from corollary.compress.lowrank import SVD, FeaturePCA, LowRank
+from corollary.compress.lsq import (
+    LSQConfig,
+    LSQConv2d,
+    LSQLinear,
+    LSQQuantizer,
+    lsq_layers,
+    lsq_quantize,
+    quantize_aware,
+)
 from corollary.compress.maestro import (
     MaestroConv2d,
     MaestroLinear,
@@ -77,4 +87,14 @@ __all__ = [
     "TrainedRankPruning",
     "energy_truncation",
     "rank_pruning_groups",
+    "GAQAT",
+    "gaqat_groups",
+    "gradient_disorder",
+    "LSQConfig",
+    "LSQConv2d",
+    "LSQLinear",
+    "LSQQuantizer",
+    "lsq_layers",
+    "lsq_quantize",
+    "quantize_aware",
 ]
