@@ -1,0 +1,84 @@
+"""What the cards of a list show beside the papers themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from fastapi import Request
+from sqlalchemy import select
+
+from corollary.report.views import PaperView as RecordView
+from corollary.web.guard import who
+from corollary.web.search.engine import searcher
+from corollary.web.search.vectors import unit
+from corollary.web.store import PaperView, ReadingItem, Store, Vote, views
+
+_LIKENESS = 0.35  # a method whose likeness is below this is not worth naming on a card
+
+
+@dataclass(frozen=True)
+class Card:
+    """One paper on a list."""
+
+    paper: PaperView
+    record: RecordView | None
+    nearest: tuple[PaperView, float] | None
+    voted: bool
+    reading: str
+    title: Sequence[tuple[str, bool]] | None = None
+    text: Sequence[tuple[str, bool]] | None = None
+    score: float | None = None
+    ranks: tuple[int | None, int | None] | None = None
+
+
+def nearest_methods(store: Store, papers: Sequence[PaperView]) -> dict[int, tuple[PaperView, float]]:
+    """For each of many papers the method that runs here and is most like it, with its likeness."""
+    tool = searcher(store)
+    ids, rows = tool.implemented()
+    own = tool.vectors.of_papers([p.id for p in papers]) if ids else {}
+    if not own:
+        return {}
+    cosines = unit(np.array(list(own.values()), np.float32)) @ rows.T
+    best = cosines.argmax(axis=1)
+    with store.reading() as connection:
+        methods = {m.id: m for m in views(connection, sorted({ids[i] for i in best}))}
+    found = {}
+    for place, paper_id in enumerate(own):
+        method, likeness = methods.get(ids[best[place]]), float(cosines[place, best[place]])
+        if method is not None and method.id != paper_id and likeness >= _LIKENESS:
+            found[paper_id] = (method, likeness)
+    return found
+
+
+def reader_marks(store: Store, reader: int | None, ids: Sequence[int]) -> tuple[set[int], dict[int, str]]:
+    """Which of these papers a reader has voted for, and the state of those on the reading list."""
+    if reader is None or not ids:
+        return set(), {}
+    with store.reading() as connection:
+        votes = set(connection.scalars(select(Vote.paper_id).where(Vote.reader_id == reader, Vote.paper_id.in_(ids))))
+        items = select(ReadingItem.paper_id, ReadingItem.state).where(
+            ReadingItem.reader_id == reader, ReadingItem.paper_id.in_(ids)
+        )
+        return votes, {paper: state for paper, state in connection.execute(items)}
+
+
+def cards(request: Request, papers: Sequence[PaperView], **more: dict[int, Any]) -> list[Card]:
+    """Cards of these papers, in their order; ``more`` gives further fields of `Card` by the paper's id."""
+    app = request.app.state
+    records = app.verdicts.by_slug()
+    votes, reading = reader_marks(app.store, who(request).reader, [p.id for p in papers])
+    near = nearest_methods(app.store, [p for p in papers if p.slug not in records])
+    return [
+        Card(
+            paper,
+            records.get(paper.slug) if paper.slug else None,
+            near.get(paper.id),
+            paper.id in votes,
+            reading.get(paper.id, ""),
+            **{name: values.get(paper.id) for name, values in more.items()},
+        )
+        for paper in papers
+    ]

@@ -1,0 +1,145 @@
+"""Search, with its hits marked, and saved searches."""
+
+from __future__ import annotations
+
+from datetime import date
+from typing import Any
+
+from fastapi import APIRouter, Request
+from sqlalchemy import delete, select
+from sqlalchemy.exc import IntegrityError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from corollary.web.board import verdict_choices
+from corollary.web.guard import NotSignedIn, checked_form, client, who
+from corollary.web.pages.cards import cards
+from corollary.web.pages.render import back, respond, wants_fragment
+from corollary.web.search import Filters, Results, excerpt, highlight, search
+from corollary.web.store import SavedSearch
+from starlette.concurrency import run_in_threadpool
+
+router = APIRouter(include_in_schema=False)
+
+LONGEST = 10_000  # letters of a query; an abstract pasted whole has 2,000
+FIELDS = ("first", "last", "category", "code", "package", "verdict", "evidence", "mode")
+_MODES = ("fusion", "words", "meaning")
+
+
+def _day(text: str) -> date | None:
+    try:
+        return date.fromisoformat(text) if text else None
+    except ValueError:
+        return None
+
+
+def filters_of(verdicts: Any, fields: dict[str, str]) -> Filters:
+    """The filters that a form's fields stand for; fields that say nothing sensible let everything through."""
+    package, verdict, evidence = (fields.get(name, "") for name in ("package", "verdict", "evidence"))
+    slugs = None
+    if package or verdict or evidence:
+        slugs = frozenset(view.paper.slug for view in verdicts.select(package, verdict, evidence))
+    return Filters(
+        first=_day(fields.get("first", "")),
+        last=_day(fields.get("last", "")),
+        category=fields.get("category", "")[:40] or None,
+        slugs=slugs,
+        has_code=fields.get("code", "") == "1",
+    )
+
+
+@router.get("/search")
+def find(
+    request: Request, q: str = "", first: str = "", last: str = "", category: str = "", code: str = "", package: str = "",
+    verdict: str = "", evidence: str = "", mode: str = "", after: str | None = None,
+) -> Response:  # fmt: skip
+    """The search page, with hits where there is a query."""
+    app = request.app.state
+    if app.settings.lab:
+        app.limits.take("search", client(request))
+    fields = dict(
+        first=first, last=last, category=category, code=code, package=package, verdict=verdict, evidence=evidence, mode=mode
+    )
+    fields = {name: value for name, value in fields.items() if value}
+    q = q.strip()
+    results: Results | None = None
+    shown: list[Any] = []
+    if len(q) > LONGEST:
+        raise HTTPException(414, f"a query has at most {LONGEST:,} letters")
+    if q:
+        picked = mode if mode in _MODES else "fusion"
+        try:
+            results = search(app.store, q, filters_of(app.verdicts, fields), after=after, mode=picked)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise HTTPException(404, "this page of the hits does not exist") from error
+        parsed = results.parsed
+        papers = [hit.paper for hit in results.hits]
+        shown = cards(
+            request, papers,
+            title={p.id: highlight(p.title, parsed) for p in papers},
+            text={p.id: excerpt(p.text, parsed, width=320) for p in papers},
+            ranks={hit.paper.id: (hit.words_rank, hit.meaning_rank) for hit in results.hits},
+        )  # fmt: skip
+    board = app.verdicts.board
+    return respond(
+        request, "_hits.html" if wants_fragment(request) else "search.html", keep=True, current="search", q=q,
+        fields=fields, results=results, cards=shown, after=after, packages=sorted({p.paper.package for p in board.papers}),
+        verdicts=verdict_choices(board), saved=saved_searches(request),
+    )  # fmt: skip
+
+
+def saved_searches(request: Request) -> list[Any]:
+    """The reader's own, by name."""
+    reader = who(request).reader
+    if reader is None:
+        return []
+    query = select(SavedSearch.id, SavedSearch.name, SavedSearch.query, SavedSearch.filters)
+    with request.app.state.store.reading() as connection:
+        return list(connection.execute(query.where(SavedSearch.reader_id == reader).order_by(SavedSearch.name)))
+
+
+def save_search(request: Request, name: str, query: str, filters: dict[str, str]) -> bool:
+    """Keep a search under a name; one of the same name is replaced. False where there is no query or no name."""
+    reader, name, query = who(request).reader, " ".join(name.split())[:200], query.strip()[:LONGEST]
+    if reader is None:
+        raise NotSignedIn
+    if not query or not (name := name or query[:80]):
+        return False
+    with request.app.state.store.writing() as session:
+        session.execute(delete(SavedSearch).where(SavedSearch.reader_id == reader, SavedSearch.name == name))
+        session.add(SavedSearch(reader_id=reader, name=name, query=query, filters=filters))
+        try:
+            session.flush()
+        except IntegrityError:  # saved twice at once
+            session.rollback()
+    return True
+
+
+@router.post("/searches")
+async def save(request: Request) -> Response:
+    """Save a search."""
+    form = await checked_form(request)
+    filters = {name: str(form[name])[:200] for name in FIELDS if form.get(name)}
+    saved = await run_in_threadpool(save_search, request, str(form.get("name") or ""), str(form.get("q") or ""), filters)
+    if not saved:
+        raise HTTPException(400, "a saved search needs a query")
+    return back(request, form, "/desk#searches")
+
+
+@router.post("/searches/{number}/delete")
+async def forget(request: Request, number: int) -> Response:
+    """Delete a saved search."""
+    form = await checked_form(request)
+    reader = who(request).reader
+    if reader is None:
+        raise NotSignedIn
+
+    def remove() -> None:
+        with request.app.state.store.writing() as session:
+            session.execute(delete(SavedSearch).where(SavedSearch.id == number, SavedSearch.reader_id == reader))
+
+    await run_in_threadpool(remove)
+    return back(request, form, "/desk#searches")
+
+
+__all__ = ["filters_of", "router", "save_search", "saved_searches"]
