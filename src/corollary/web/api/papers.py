@@ -1,0 +1,226 @@
+"""Papers as Hugging Face's API gives them, and what is like them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import UTC, date, datetime, time, timedelta
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Path, Query, Request
+from starlette.exceptions import HTTPException
+
+from corollary.web.api.asking import reading
+from corollary.web.api.schemas import ERRORS, DailyPaper, Day, Near, Ours, Paper, SearchHit, SearchResults, Standing
+from corollary.web.board import standing
+from corollary.web.guard import client
+from corollary.web.pages.render import paper_address
+from corollary.web.pages.search import LONGEST, filters_of
+from corollary.web.search import nearest_implemented, search, similar
+from corollary.web.store import Page, PaperView, days, get_paper, nearest_day, papers_between, trending
+from corollary.web.store import papers_of_month as of_month
+from corollary.web.store import papers_of_week as of_week
+
+router = APIRouter(prefix="/api", tags=["papers"], dependencies=[Depends(reading)], responses=ERRORS)
+_LAST_PAGE = 100
+Limit = Annotated[int, Query(ge=1, le=100, description="entries at most")]
+Name = Annotated[str, Path(max_length=600, description="arXiv id in any spelling, key, or slug")]
+
+
+def standing_of(view: Any) -> Standing | None:
+    """How a record's claims stand."""
+    if view is None:
+        return None
+    found = standing(view)
+    return Standing(
+        slug=view.paper.slug, package=view.paper.package, claims=found.total, measured=found.measured, hold=found.holds, words=found.words
+    )  # fmt: skip
+
+
+def _midnight(day: date) -> datetime:
+    return datetime.combine(day, time(), UTC)
+
+
+def paper_of(request: Request, paper: PaperView, *, score: float | None = None, nearest: list[Near] | None = None) -> Paper:
+    """A paper in Hugging Face's words."""
+    app = request.app.state
+    kept = paper.extra.get("huggingface", {})
+    more: dict[str, Any] = dict(kept.get("paper", {})) if isinstance(kept, dict) else {}
+    authors = more.pop("authors", None)
+    if not isinstance(authors, list) or not all(isinstance(author, dict) for author in authors):
+        authors = [{"name": name, "hidden": False} for name in paper.authors]
+    organization = more.pop("organization", None)
+    if not isinstance(organization, dict):
+        organization = {"name": paper.organization} if paper.organization else None
+    known = {name: value for name, value in more.items() if name not in Paper.model_fields}
+    ours = Ours(
+        url=app.settings.address + paper_address(paper), day=paper.day, imported_votes=paper.imported_votes, own_votes=paper.own_votes,
+        summary=paper.summary, doi=paper.doi, venue=paper.venue, categories=list(paper.categories), code=paper.code,
+        code_added_by=paper.code_added_by, method=standing_of(app.verdicts.paper(paper.slug)), nearest=nearest, score=score,
+    )  # fmt: skip
+    return Paper(
+        **known, id=paper.arxiv or paper.key, title=paper.title, summary=paper.text, authors=authors,
+        publishedAt=paper.published or _midnight(paper.day), submittedOnDailyAt=_midnight(paper.day), upvotes=paper.points,
+        githubRepo=paper.code if paper.code and "github.com" in paper.code else None,
+        githubRepoAddedBy=paper.code_added_by if paper.code and "github.com" in paper.code else None,
+        ai_keywords=list(paper.keywords), organization=organization, corollary=ours,
+    )  # fmt: skip
+
+
+def entry_of(request: Request, paper: PaperView, score: float | None = None) -> DailyPaper:
+    """An entry of a list in Hugging Face's words."""
+    kept = paper.extra.get("huggingface", {})
+    around = kept.get("item", {}) if isinstance(kept, dict) else {}
+    more = {name: value for name, value in around.items() if name not in ("paper", "title", "summary", "publishedAt")}
+    if not isinstance(more.get("numComments", 0), int):
+        del more["numComments"]
+    if not isinstance(more.get("isAuthorParticipating", False), bool):
+        del more["isAuthorParticipating"]
+    if not isinstance(more.get("submittedBy"), dict | None):
+        del more["submittedBy"]
+    found = paper_of(request, paper, score=score)
+    # Around a paper Hugging Face dates its entry in the list; the paper's own date stands within.
+    return DailyPaper(**more, paper=found, publishedAt=found.submittedOnDailyAt, title=paper.title, summary=paper.text)
+
+
+def _at_page(fetch: Any, number: int) -> Sequence[PaperView]:
+    """The papers of a page by its number; lists are paged by cursors, which are cheap to go along."""
+    page: Page = fetch(None)
+    for _ in range(number):
+        if page.next is None:
+            return []
+        page = fetch(page.next)
+    return page.papers
+
+
+@router.get("/daily_papers", response_model_exclude_none=True)
+def daily_papers(
+    request: Request,
+    date: Annotated[date | None, Query(description="a day; without any of the three the newest that has papers")] = None,
+    week: Annotated[str | None, Query(pattern=r"^\d{4}-W\d{2}$", description="an ISO week, as 2024-W40")] = None,
+    month: Annotated[str | None, Query(pattern=r"^\d{4}-\d{2}$", description="as 2024-10")] = None,
+    limit: Limit = 50,
+    p: Annotated[int, Query(ge=0, le=_LAST_PAGE, description="number of the page, from 0")] = 0,
+    sort: Annotated[Literal["publishedAt", "trending"], Query(description="trending leaves the dates out")] = "publishedAt",
+    submitter: Annotated[str | None, Query(max_length=200, description="of the page, only what this account put on the list")] = None,
+) -> list[DailyPaper]:
+    """The papers of a day, a week or a month, most votes first; or what is trending."""
+    store = request.app.state.store
+
+    def shown(papers: Sequence[PaperView], scores: Sequence[float | None]) -> list[DailyPaper]:
+        entries = [entry_of(request, paper, score) for paper, score in zip(papers, scores, strict=True)]
+        return entries if submitter is None else [e for e in entries if submitter in _accounts(e)]
+
+    if sort == "trending":
+        found = trending(store, size=min(200, limit * (p + 1)))[limit * p :]
+        return shown([paper for paper, _ in found], [score for _, score in found])
+    try:
+        if week is not None:
+            year, number = int(week[:4]), int(week[6:])
+            papers = _at_page(lambda after: of_week(store, year, number, after=after, size=limit), p)
+        elif month is not None:
+            year, number = int(month[:4]), int(month[5:])
+            papers = _at_page(lambda after: of_month(store, year, number, after=after, size=limit), p)
+        else:
+            day = date or nearest_day(store, datetime.now(UTC).date() + timedelta(days=1), "before") or nearest_day(store, datetime.now(UTC).date())
+            papers = [] if day is None else _at_page(lambda after: papers_between(store, day, day, after=after, size=limit), p)
+    except (ValueError, OverflowError) as error:
+        raise HTTPException(404, f"there is no {'week' if week else 'month'} '{week or month}'") from error
+    return shown(papers, [None] * len(papers))
+
+
+def _accounts(entry: DailyPaper) -> set[str]:
+    """The names under which who put an entry on the list is known."""
+    told = entry.submittedBy or {}
+    return {str(told[name]) for name in ("user", "name", "fullname") if told.get(name)}
+
+
+@router.get("/papers/search", response_model_exclude_none=True)
+def search_papers(
+    request: Request,
+    q: Annotated[str, Query(max_length=LONGEST, description="words, authors, an arXiv id, a whole abstract")],
+    limit: Limit = 20,
+) -> list[DailyPaper]:
+    """Papers found by words and by meaning, best first."""
+    _count(request)
+    return [entry_of(request, hit.paper) for hit in search(request.app.state.store, q, size=limit).hits]
+
+
+def _count(request: Request) -> None:
+    if request.app.state.settings.lab:
+        request.app.state.limits.take("search", client(request))
+
+
+@router.get("/corollary/search", response_model_exclude_none=True)
+def search_with_filters(
+    request: Request,
+    q: Annotated[str, Query(max_length=LONGEST)],
+    first: date | None = None,
+    last: date | None = None,
+    category: Annotated[str, Query(max_length=40)] = "",
+    has_code: bool = False,
+    package: Annotated[str, Query(max_length=40, description="only methods that run here, of this package")] = "",
+    verdict: Annotated[str, Query(max_length=40, description="with at least one claim of this verdict")] = "",
+    evidence: Annotated[str, Query(max_length=40, description="strong, fair, weak or none")] = "",
+    mode: Literal["fusion", "words", "meaning"] = "fusion",
+    after: Annotated[str | None, Query(max_length=200, description="the 'next' of the page before")] = None,
+    limit: Limit = 20,
+) -> SearchResults:
+    """Search with filters, paged."""
+    _count(request)
+    app = request.app.state
+    fields = {
+        "first": first.isoformat() if first else "", "last": last.isoformat() if last else "", "category": category,
+        "code": "1" if has_code else "", "package": package, "verdict": verdict, "evidence": evidence,
+    }  # fmt: skip
+    try:
+        found = search(app.store, q, filters_of(app.verdicts, fields), after=after, size=limit, mode=mode)
+    except ValueError as error:
+        raise HTTPException(400, "'after' must be the 'next' of an earlier page of the same search") from error
+    hits = [
+        SearchHit(paper=paper_of(request, hit.paper), score=hit.score, words_rank=hit.words_rank, meaning_rank=hit.meaning_rank)
+        for hit in found.hits
+    ]
+    return SearchResults(hits=hits, corrected=found.parsed.corrected, next=found.next)
+
+
+@router.get("/corollary/days")
+def days_with_papers(request: Request, first: date, last: date) -> list[Day]:
+    """How many papers each day has; days without any are left out. At most 400 days at once."""
+    if not 0 <= (last - first).days < 400:
+        raise HTTPException(400, "'last' must be 'first' or up to 399 days after it")
+    return [Day(day=day, papers=count) for day, count in days(request.app.state.store, first, last).items()]
+
+
+def _one(request: Request, name: str) -> PaperView:
+    paper = get_paper(request.app.state.store, name)
+    if paper is None:
+        raise HTTPException(404, "there is no paper of this name")
+    return paper
+
+
+def _near(request: Request, found: Sequence[tuple[PaperView, float]]) -> list[Near]:
+    verdicts = request.app.state.verdicts
+    return [
+        Near(id=other.arxiv or other.key, title=other.title, likeness=round(likeness, 4), method=standing_of(verdicts.paper(other.slug)))
+        for other, likeness in found
+    ]
+
+
+@router.get("/corollary/similar/{name:path}")
+def similar_papers(request: Request, name: Name, limit: Annotated[int, Query(ge=1, le=50)] = 10) -> list[Near]:
+    """Papers that are like one, most alike first."""
+    return _near(request, similar(request.app.state.store, _one(request, name).id, size=limit))
+
+
+@router.get("/corollary/nearest/{name:path}")
+def nearest_methods(request: Request, name: Name, limit: Annotated[int, Query(ge=1, le=20)] = 3) -> list[Near]:
+    """The methods that run here and are nearest to a paper, nearest first."""
+    return _near(request, nearest_implemented(request.app.state.store, _one(request, name).id, size=limit))
+
+
+@router.get("/papers/{name:path}", response_model_exclude_none=True)
+def one_paper(request: Request, name: Name) -> Paper:
+    """One paper, with the methods that run here and are nearest to it."""
+    paper = _one(request, re.sub(r"\.json$", "", name))
+    return paper_of(request, paper, nearest=_near(request, nearest_implemented(request.app.state.store, paper.id)))
