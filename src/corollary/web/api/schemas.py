@@ -95,15 +95,15 @@ class Ours(BaseModel):
 
     url: str
     day: date
-    imported_votes: int | None = Field(description="as a source counted them; None where none did")
+    imported_votes: int | None = Field(None, description="as a source counted them; None where none did")
     own_votes: int
     summary: str = Field(description="our own summary, where there is one")
-    doi: str | None
-    venue: str | None
+    doi: str | None = None
+    venue: str | None = None
     categories: list[str]
-    code: str | None
-    code_added_by: str | None
-    method: Standing | None
+    code: str | None = None
+    code_added_by: str | None = None
+    method: Standing | None = None
     nearest: list[Near] | None = None
     score: float | None = None
 
@@ -159,8 +159,8 @@ class SearchHit(BaseModel):
 
     paper: Paper
     score: float
-    words_rank: int | None
-    meaning_rank: int | None
+    words_rank: int | None = None
+    meaning_rank: int | None = None
 
 
 class SearchResults(BaseModel):
@@ -168,7 +168,7 @@ class SearchResults(BaseModel):
 
     hits: list[SearchHit]
     corrected: dict[str, str]
-    next: str | None
+    next: str | None = None
 
 
 class Run(BaseModel):

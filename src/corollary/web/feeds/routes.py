@@ -51,7 +51,8 @@ class Kind(StrEnum):
 
 
 router = APIRouter(prefix="/feeds", tags=["feeds"], dependencies=[Depends(reading)], responses={
-    200: {"content": {kind: {} for kind in KINDS.values()}}
+    200: {"content": {kind: {} for kind in KINDS.values()}}, 304: {"description": "the same as before"},
+    404: {"content": {"text/html": {}}}, 429: {"content": {"text/html": {}}},
 })  # fmt: skip
 
 
