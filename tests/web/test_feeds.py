@@ -115,7 +115,7 @@ def _reader(number):
 def test_any_text_stays_what_it_is(title, text, authors):
     entry = Entry("urn:x:1", f"{HERE}/x?a=1&b=2", title, text, AT, AT, tuple(authors), ("cs.LG",))
     feed = Feed(f"All <of> & {title}", f"{HERE}/f.atom", f"{HERE}/", [entry])
-    kept = "".join(c if c in "\t\n" or " " <= c and c not in "\ufffe\uffff" and not "\ud800" <= c <= "\udfff" else "\r" if c == "\r" else "\ufffd" for c in title)  # fmt: skip
+    kept = "".join(c if c in "\t\n" or (c >= " " and c not in "\ufffe\uffff" and not "\ud800" <= c <= "\udfff") else "\r" if c == "\r" else "\ufffd" for c in title)  # fmt: skip
     root = ET.fromstring(atom(feed))
     spaces = {"a": "http://www.w3.org/2005/Atom"}
     assert _lines(root.findtext("a:entry/a:title", namespaces=spaces)) == _lines(kept)

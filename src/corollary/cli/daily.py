@@ -196,3 +196,22 @@ def export(
     finally:
         store.close()
     Console(stderr=str(file) == "-").print(f"{count} rows in {escape(str(file))}", highlight=False)
+
+
+@app.command()
+def digest(
+    dry_run: Annotated[
+        Path | None, typer.Option("--dry-run", metavar="DIR", help="Write the mails as .eml files; nothing is sent or changed.")
+    ] = None,
+    period: Annotated[str | None, typer.Option(metavar="P", help="Only daily or only weekly digests [default: both].")] = None,
+    date: Annotated[str | None, typer.Option(metavar="DAY", help="The day of the digest, as 2026-05-08 [default: today].")] = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="URL", help="How readers reach the page [default: $COROLLARY_ADDRESS, else this machine].")
+    ] = None,
+    database: Database = None,
+    json: Json = None,
+) -> None:
+    """Mail the digests that are due, and whatever waits in the outbox. Run it every hour or so; killed, it goes on where it was."""
+    from corollary.cli.digest import run_digest
+
+    run_digest(dry_run, period, date, address, database, json)
