@@ -228,4 +228,4 @@ def test_the_page_of_the_api_names_every_address(full):
     with page(full) as client:
         text = client.get("/api").text
         for path in client.get("/api/openapi.json").json()["paths"]:
-                assert path in text
+            assert path in text

@@ -186,7 +186,15 @@ def test_the_command_killed_at_any_moment(tmp_path):
         slow = time.sleep
         box.on = lambda event, _: slow(0.03) if event == "RCPT" else None
         env = {**os.environ, "COROLLARY_SMTP": f"smtp://127.0.0.1:{box.port}", "COROLLARY_MAIL_FROM": SENDER}
-        command = [sys.executable, "-c", "from corollary.cli import main; main()", "daily", "digest", "--database", _url(folder)]
+        command = [
+            sys.executable,
+            "-c",
+            "from corollary.cli import main; main()",
+            "daily",
+            "digest",
+            "--database",
+            _url(folder),
+        ]
         kills = 0
         for wanted in (1, 4, 9, 10**6):
             process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -204,9 +204,12 @@ def digest(
         Path | None, typer.Option("--dry-run", metavar="DIR", help="Write the mails as .eml files; nothing is sent or changed.")
     ] = None,
     period: Annotated[str | None, typer.Option(metavar="P", help="Only daily or only weekly digests [default: both].")] = None,
-    date: Annotated[str | None, typer.Option(metavar="DAY", help="The day of the digest, as 2026-05-08 [default: today].")] = None,
+    date: Annotated[
+        str | None, typer.Option(metavar="DAY", help="The day of the digest, as 2026-05-08 [default: today].")
+    ] = None,
     address: Annotated[
-        str | None, typer.Option(metavar="URL", help="How readers reach the page [default: $COROLLARY_ADDRESS, else this machine].")
+        str | None,
+        typer.Option(metavar="URL", help="How readers reach the page [default: $COROLLARY_ADDRESS, else this machine]."),
     ] = None,
     database: Database = None,
     json: Json = None,

@@ -91,7 +91,14 @@ def run_digest(
                 _file(folder, message)
 
         queued = queue_digests(
-            store, sessions, settings, sender, verdicts, today=day, frequencies=(period,) if period else ("daily", "weekly"), show=show
+            store,
+            sessions,
+            settings,
+            sender,
+            verdicts,
+            today=day,
+            frequencies=(period,) if period else ("daily", "weekly"),
+            show=show,
         )
         told: dict[str, Any] = {"written": queued.written, "nothing_new": queued.nothing, "failed": queued.failed}
         if mail is not None and dry_run is None:
@@ -102,7 +109,9 @@ def run_digest(
     if dry_run is not None:
         console.print(f"{queued.written} mails written to {escape(str(dry_run))}; nothing was sent", highlight=False)
     else:
-        console.print(f"{queued.written} digests written, {told['sent']} mails sent, {told['waiting']} waiting", highlight=False)
+        console.print(
+            f"{queued.written} digests written, {told['sent']} mails sent, {told['waiting']} waiting", highlight=False
+        )
     if json is not None:
         write_json(json, told)
     trouble = str(told.get("error") or "") or (f"{queued.failed} digests could not be written" if queued.failed else "")

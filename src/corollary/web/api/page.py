@@ -14,7 +14,11 @@ router = APIRouter(include_in_schema=False)
 def about(request: Request) -> Response:
     """The addresses, out of the description."""
     operations = [
-        (path, method, {"summary": told.get("description") or told.get("summary", ""), "parameters": told.get("parameters", [])})
+        (
+            path,
+            method,
+            {"summary": told.get("description") or told.get("summary", ""), "parameters": told.get("parameters", [])},
+        )
         for path, methods in request.app.openapi()["paths"].items()
         for method, told in methods.items()
     ]

@@ -102,7 +102,9 @@ def daily_papers(
     limit: Limit = 50,
     p: Annotated[int, Query(ge=0, le=_LAST_PAGE, description="number of the page, from 0")] = 0,
     sort: Annotated[Literal["publishedAt", "trending"], Query(description="trending leaves the dates out")] = "publishedAt",
-    submitter: Annotated[str | None, Query(max_length=200, description="of the page, only what this account put on the list")] = None,
+    submitter: Annotated[
+        str | None, Query(max_length=200, description="of the page, only what this account put on the list")
+    ] = None,
 ) -> list[DailyPaper]:
     """The papers of a day, a week or a month, most votes first; or what is trending."""
     store = request.app.state.store
@@ -122,7 +124,11 @@ def daily_papers(
             year, number = int(month[:4]), int(month[5:])
             papers = _at_page(lambda after: of_month(store, year, number, after=after, size=limit), p)
         else:
-            day = date or nearest_day(store, datetime.now(UTC).date() + timedelta(days=1), "before") or nearest_day(store, datetime.now(UTC).date())
+            day = (
+                date
+                or nearest_day(store, datetime.now(UTC).date() + timedelta(days=1), "before")
+                or nearest_day(store, datetime.now(UTC).date())
+            )
             papers = [] if day is None else _at_page(lambda after: papers_between(store, day, day, after=after, size=limit), p)
     except (ValueError, OverflowError) as error:
         raise HTTPException(404, f"there is no {'week' if week else 'month'} '{week or month}'") from error
@@ -202,7 +208,12 @@ def _one(request: Request, name: str) -> PaperView:
 def _near(request: Request, found: Sequence[tuple[PaperView, float]]) -> list[Near]:
     verdicts = request.app.state.verdicts
     return [
-        Near(id=other.arxiv or other.key, title=other.title, likeness=round(likeness, 4), method=standing_of(verdicts.paper(other.slug)))
+        Near(
+            id=other.arxiv or other.key,
+            title=other.title,
+            likeness=round(likeness, 4),
+            method=standing_of(verdicts.paper(other.slug)),
+        )
         for other, likeness in found
     ]
 

@@ -12,7 +12,9 @@ from corollary.web.api.schemas import ERRORS, Error, NewRun, Run
 from corollary.web.jobs import JobView, get_job, recent_jobs
 from corollary.web.pages.runs import start, stop
 
-router = APIRouter(prefix="/api/corollary/runs", tags=["runs"], responses={**ERRORS, 403: {"model": Error}, 503: {"model": Error}})
+router = APIRouter(
+    prefix="/api/corollary/runs", tags=["runs"], responses={**ERRORS, 403: {"model": Error}, 503: {"model": Error}}
+)
 Number = Annotated[int, Path(ge=1, le=2**63 - 1)]
 
 

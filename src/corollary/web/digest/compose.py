@@ -219,13 +219,20 @@ def _set(text: str, indent: str = "", first: str | None = None) -> str:
     """A paragraph in lines of a width that every mail program shows whole."""
     one = " ".join(text.split())
     return textwrap.fill(
-        one, _WIDTH, initial_indent=indent if first is None else first, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        one,
+        _WIDTH,
+        initial_indent=indent if first is None else first,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
 
 def people(authors: Sequence[str]) -> str:
     """The first names of a list."""
-    return ", ".join(authors[:4]) + (f" and {len(authors) - 4} others" if len(authors) > 5 else "" if len(authors) < 5 else f", {authors[4]}")
+    return ", ".join(authors[:4]) + (
+        f" and {len(authors) - 4} others" if len(authors) > 5 else "" if len(authors) < 5 else f", {authors[4]}"
+    )
 
 
 def plain(papers: Sequence[Found], changes: Sequence[Change], more: int, head: str, address: str, leave: str) -> str:
@@ -264,7 +271,13 @@ def _count(number: int, word: str) -> str:
 
 
 def write(
-    desk: Desk, sender: Address, row: Subscription, papers: Sequence[PaperView], changes: Sequence[Change], day: date, at: datetime
+    desk: Desk,
+    sender: Address,
+    row: Subscription,
+    papers: Sequence[PaperView],
+    changes: Sequence[Change],
+    day: date,
+    at: datetime,
 ) -> EmailMessage:
     """The mail: plain text and HTML, with the headers that let a mail program end the subscription by one click (RFC 8058)."""
     base = desk.settings.address
@@ -353,7 +366,13 @@ def queue_digests(
 
 
 def _one(
-    desk: Desk, sender: Address, row: Subscription, day: date, at: datetime, show: Callable[[EmailMessage], None] | None, done: Queued
+    desk: Desk,
+    sender: Address,
+    row: Subscription,
+    day: date,
+    at: datetime,
+    show: Callable[[EmailMessage], None] | None,
+    done: Queued,
 ) -> None:
     ids, after = choose(desk, row, day)
     changes, changes_after = changed(desk, row)
@@ -373,7 +392,13 @@ def _one(
         if message is not None:
             name = f"digest:{row.id}:{period}"
             written = put(
-                session, message, row.address, kind="digest", dedupe=name, message_id=str(message["Message-ID"]), subscription=row.id
+                session,
+                message,
+                row.address,
+                kind="digest",
+                dedupe=name,
+                message_id=str(message["Message-ID"]),
+                subscription=row.id,
             )
             own.last_period = period
             if not written:

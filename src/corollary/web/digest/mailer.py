@@ -142,7 +142,11 @@ class Mailer:
         if "From" not in message:
             message["From"] = self.sender
         with self.session() as server:
-            self.send(server, message.as_bytes(policy=policy.SMTP.clone(max_line_length=900)), str(message["To"].addresses[0].addr_spec))
+            self.send(
+                server,
+                message.as_bytes(policy=policy.SMTP.clone(max_line_length=900)),
+                str(message["To"].addresses[0].addr_spec),
+            )
 
     @contextmanager
     def session(self) -> Iterator[smtplib.SMTP]:

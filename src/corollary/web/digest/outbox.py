@@ -39,7 +39,9 @@ _LOCK = 0x6D61696C
 _LOOK_EVERY = 20.0
 
 
-def put(session: Session, message: EmailMessage, address: str, *, kind: str, dedupe: str, message_id: str, subscription: int | None) -> bool:
+def put(
+    session: Session, message: EmailMessage, address: str, *, kind: str, dedupe: str, message_id: str, subscription: int | None
+) -> bool:
     """Put a mail into the outbox, in a transaction at hand; False where it is there already."""
     if session.scalar(select(Delivery.id).where(Delivery.dedupe == dedupe)) is not None:
         return False

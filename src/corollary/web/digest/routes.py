@@ -35,7 +35,11 @@ def _form(request: Request, *, status: int = 200, error: str = "", **given: str)
     app, reader = request.app.state, who(request).reader
     papers = papers_by_id(app.store, _numbers(given.get("papers", "")))
     fields = {"frequency": "daily", "kind": "all", "q": "", "address": "", "filters": "", **given}
-    own = [(_words(row), row.address, app.sessions.unsubscribe_token(row.id)) for row in of_reader(app.store, reader)] if reader else []
+    own = (
+        [(_words(row), row.address, app.sessions.unsubscribe_token(row.id)) for row in of_reader(app.store, reader)]
+        if reader
+        else []
+    )
     return respond(request, "subscribe.html", status=status, error=error, given=fields, like=papers, sent=False, own=own)
 
 
@@ -45,7 +49,13 @@ def ask(request: Request, kind: str = "all", q: str = "", papers: str = "") -> R
     _mail(request)
     fields = {name: request.query_params[name][:200] for name in FIELDS if request.query_params.get(name) and name != "mode"}
     kept = urlencode(fields)
-    return _form(request, kind=kind if kind in ("all", "topic", "search", "like") else "all", q=q[:2000], papers=papers[:1000], filters=kept)
+    return _form(
+        request,
+        kind=kind if kind in ("all", "topic", "search", "like") else "all",
+        q=q[:2000],
+        papers=papers[:1000],
+        filters=kept,
+    )
 
 
 @router.post("/subscribe")

@@ -127,7 +127,13 @@ def subscribe(
         session.flush()
         message, name = _confirmation(settings, sender, row, token)
         return put(
-            session, message, address, kind="confirm", dedupe=f"confirm:{name}", message_id=str(message["Message-ID"]), subscription=row.id
+            session,
+            message,
+            address,
+            kind="confirm",
+            dedupe=f"confirm:{name}",
+            message_id=str(message["Message-ID"]),
+            subscription=row.id,
         )
 
 
@@ -195,7 +201,9 @@ def find(store: Store, sessions: Sessions, token: str) -> Subscription | None:
     with store.reading() as connection, Session(connection, expire_on_commit=False) as session:
         # The hash is one of a mail that was sent from a store which this one was restored from.
         own = select(Subscription).where(or_(Subscription.id == number, Subscription.unsubscribe_hash == hash_of(token)))
-        rows = list(session.scalars(own.where(Subscription.state != "pending").order_by(Subscription.id != (number or 0)).limit(1)))
+        rows = list(
+            session.scalars(own.where(Subscription.state != "pending").order_by(Subscription.id != (number or 0)).limit(1))
+        )
         return _out(session, rows[0] if rows else None)
 
 
@@ -234,7 +242,9 @@ def unsubscribe(store: Store, number: int) -> bool:
             return False
         if row.state != "unsubscribed":
             row.state, row.ended_at = "unsubscribed", now()
-        waiting = delete(Delivery).where(Delivery.subscription_id == number, Delivery.kind == "digest", Delivery.state == "queued")
+        waiting = delete(Delivery).where(
+            Delivery.subscription_id == number, Delivery.kind == "digest", Delivery.state == "queued"
+        )
         session.execute(waiting)
         return True
 

@@ -103,7 +103,9 @@ def newest(request: Request, kind: Kind) -> Response:
 @router.get("/day/{day}.{kind}")
 def one_day(request: Request, day: date, kind: Kind) -> Response:
     """One day."""
-    return _list(request, kind, f"Corollary: {day}", f"/day/{day}", papers_of_day(request.app.state.store, day, size=_SIZE).papers)
+    return _list(
+        request, kind, f"Corollary: {day}", f"/day/{day}", papers_of_day(request.app.state.store, day, size=_SIZE).papers
+    )
 
 
 def _period(pattern: str, text: str) -> tuple[int, int]:
@@ -155,7 +157,15 @@ def found_papers(
     app = request.app.state
     if app.settings.lab:
         app.limits.take("search", client(request))
-    fields = {"first": first, "last": last, "category": category, "code": code, "package": package, "verdict": verdict, "evidence": evidence}
+    fields = {
+        "first": first,
+        "last": last,
+        "category": category,
+        "code": code,
+        "package": package,
+        "verdict": verdict,
+        "evidence": evidence,
+    }
     asked = {name: value for name, value in fields.items() if value}
     hits = search(app.store, q, filters_of(app.verdicts, asked), size=_SIZE).hits if q.strip() else []
     page = "/search?" + urlencode({"q": q, **asked})
@@ -179,7 +189,16 @@ def verdicts(request: Request, kind: Kind) -> Response:
         place = paper_address(paper) if paper else f"/papers/{change.slug}"
         title = f"{paper.title if paper else change.slug}: {change_words(change)}"
         text = str(change.row.get("statement") or change.claim)
-        entries.append(Entry(f"urn:corollary:verdict:{change.id}", f"{app.settings.address}{place}#{change.claim}", title, text, change.at, change.at))
+        entries.append(
+            Entry(
+                f"urn:corollary:verdict:{change.id}",
+                f"{app.settings.address}{place}#{change.claim}",
+                title,
+                text,
+                change.at,
+                change.at,
+            )
+        )
     return _answer(request, kind, "Corollary: verdicts", "/methods", entries)
 
 
@@ -189,7 +208,13 @@ def methods(request: Request, kind: Kind, package: str = "", verdict: str = "", 
     app = request.app.state
     slugs = [view.paper.slug for view in app.verdicts.select(package, verdict, evidence)]
     asked = urlencode({k: v for k, v in {"package": package, "verdict": verdict, "evidence": evidence}.items() if v})
-    return _list(request, kind, "Corollary: methods that run here", "/methods" + (f"?{asked}" if asked else ""), papers_of_slugs(app.store, slugs))
+    return _list(
+        request,
+        kind,
+        "Corollary: methods that run here",
+        "/methods" + (f"?{asked}" if asked else ""),
+        papers_of_slugs(app.store, slugs),
+    )
 
 
 @router.get("/reading.{kind}")
