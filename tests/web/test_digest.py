@@ -316,6 +316,17 @@ def test_a_connection_that_breaks_off_costs_one_attempt(place, monkeypatch):
     assert flush(place.store, place.box.mailer).sent == 1
 
 
+def test_a_server_that_takes_so_many_at_a_time(place):
+    for name in "abc":
+        place.subscribed(f"{name}@example.org")
+    place.papers("First Light")
+    place.queue()
+    place.box.on = lambda event, address: "421 enough" if (event, address) == ("RCPT", "b@example.org") else None
+    done = flush(place.store, place.box.mailer)
+    assert (done.sent, done.waiting, done.failed, place.box.to) == (2, 1, 0, ["a@example.org", "c@example.org"])
+    assert "421" in done.error
+
+
 def test_what_was_sent_leaves_no_link_behind(place):
     place.subscribed()
     with place.store.reading() as connection:

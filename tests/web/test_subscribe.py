@@ -206,6 +206,19 @@ def test_a_lab_reader_sees_the_own_ones_alone(store, box):
     assert "other@example.org" not in text
 
 
+def test_who_may_not_read_gets_no_mail(store, box):
+    closed = Settings(address="https://papers.example.org", lab=True, open_reading=False, jobs=False)
+    with page(store, settings=closed, mail=box.mailer) as client:
+        answer = client.get("/subscribe", follow_redirects=False)
+        assert (answer.status_code, answer.headers["location"]) == (303, "/sign-in?next=%2Fsubscribe")
+        assert client.post("/subscribe", follow_redirects=False).status_code == 303
+
+
+def test_the_reading_list_has_a_feed_of_its_own(client):
+    address = re.search(r'href="(/feeds/reading.atom[^"]+)"', client.get("/subscribe").text)[1]
+    assert client.get(address).status_code == 200
+
+
 def test_no_secret_in_a_log(store, box, caplog):
     with caplog.at_level(logging.DEBUG), page(store, mail=box.mailer) as client:
         _ask(client)

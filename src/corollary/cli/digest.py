@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from contextlib import suppress
 from datetime import date as Date
 from email.headerregistry import Address
 from email.message import EmailMessage
@@ -53,6 +54,8 @@ def run_digest(
     dry_run: Path | None, period: str | None, date: str | None, address: str | None, database: str | None, json: Path | None
 ) -> None:
     """Write what is due into the outbox and send it; or, dry, into files."""
+    from sqlalchemy.exc import IntegrityError
+
     from corollary.cli.daily import _open
     from corollary.cli.output import check_json, write_json
     from corollary.web.board import Verdicts
@@ -83,7 +86,8 @@ def run_digest(
         sessions, verdicts = Sessions(store, settings), Verdicts(settings.results, settings.runs)
         show = None
         if dry_run is None:
-            record_verdicts(store, verdicts.rows)
+            with suppress(IntegrityError):  # the page's own process has just done it
+                record_verdicts(store, verdicts.rows)
         else:
             folder = dry_run
 

@@ -183,16 +183,21 @@ class Mailer:
         """Hand over one message; when this returns, the server has taken it."""
         try:
             server.sendmail(self.settings.sender, [address], message)
-        except smtplib.SMTPSenderRefused as error:  # that is about us, not about this mail
-            raise OSError(f"the server takes no mail from {self.settings.sender} ({error.smtp_code})") from None
         except smtplib.SMTPRecipientsRefused as error:
             code = next(iter(error.recipients.values()))[0]
-            if code >= 500:
-                raise Refused(f"the server refuses the address ({code})") from None
-            raise OSError(f"the server does not take mail to the address now ({code})") from None
+            what, ours = "the address", False
         except smtplib.SMTPResponseException as error:
-            if error.smtp_code >= 500:
-                raise Refused(f"the server refuses the message ({error.smtp_code})") from None
-            raise OSError(f"the server does not take the message now ({error.smtp_code})") from None
+            code, what = error.smtp_code, "the message"
+            ours = isinstance(error, smtplib.SMTPSenderRefused)
         except (smtplib.SMTPServerDisconnected, ConnectionError, TimeoutError) as error:
             raise Gone(f"the connection to the mail server broke off ({type(error).__name__})") from None
+        else:
+            return
+        # Only the code is told: the server's own words may repeat what was sent to it.
+        if code == 421:
+            raise Gone("the mail server ended the connection (421)")
+        if ours:  # that is about us, not about this mail
+            raise OSError(f"the server takes no mail from {self.settings.sender} ({code})")
+        if code >= 500:
+            raise Refused(f"the server refuses {what} ({code})")
+        raise OSError(f"the server does not take {what} now ({code})")

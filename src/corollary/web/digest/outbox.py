@@ -16,10 +16,11 @@ their mails are sent again in the same way.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from email.message import EmailMessage
@@ -32,6 +33,7 @@ from sqlalchemy.orm import Session
 from corollary.web.digest.mailer import Gone, Mailer, Refused
 from corollary.web.store import Delivery, Store, now
 
+_LOG = logging.getLogger("corollary.web")
 ATTEMPTS = 8
 WIRE = SMTP.clone(max_line_length=900)
 """how mails are written: an address in a header stays on one line, where every mail program finds it"""
@@ -177,8 +179,15 @@ class OutboxRunner:
             self._thread.join(timeout=10)
 
     def _work(self) -> None:
+        told = ""
         while not self._stop.is_set():
             self._wake.clear()
-            with suppress(Exception):  # the store may be away for a moment; the outbox waits
-                flush(self.store, self.mailer)
+            trouble = ""
+            try:
+                trouble = flush(self.store, self.mailer).error
+            except Exception as error:  # noqa: BLE001 - the store may be away for a moment; the outbox waits
+                trouble = type(error).__name__
+            if trouble and trouble != told:
+                _LOG.warning("mail waits: %s", trouble)
+            told = trouble
             self._wake.wait(_LOOK_EVERY)

@@ -12,7 +12,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from corollary.web.digest.mailer import check_address
 from corollary.web.digest.subscriptions import about, change, confirm, find, named, of_reader, pending, subscribe, unsubscribe
-from corollary.web.guard import checked_form, client, who
+from corollary.web.guard import NotSignedIn, checked_form, client, who
 from corollary.web.pages.render import respond
 from corollary.web.pages.search import FIELDS
 from corollary.web.store import Subscription, papers_by_id
@@ -24,6 +24,9 @@ def _mail(request: Request) -> Any:
     mail = request.app.state.mail
     if mail is None:
         raise HTTPException(404, "no mail is set up on this server; every list has a feed instead")
+    settings = request.app.state.settings
+    if settings.lab and not settings.open_reading and who(request).reader is None:
+        raise NotSignedIn  # who may not read here gets no mail either
     return mail
 
 
@@ -40,7 +43,10 @@ def _form(request: Request, *, status: int = 200, error: str = "", **given: str)
         if reader
         else []
     )
-    return respond(request, "subscribe.html", status=status, error=error, given=fields, like=papers, sent=False, own=own)
+    token = app.sessions.feed_token(reader) if reader else ""
+    return respond(
+        request, "subscribe.html", status=status, error=error, given=fields, like=papers, sent=False, own=own, reading=token
+    )
 
 
 @router.get("/subscribe")
@@ -80,7 +86,7 @@ async def ask_for(request: Request) -> Response:
         return await run_in_threadpool(_form, request, status=400, error=str(error), **given)
     if app.outbox is not None:
         app.outbox.wake()
-    return respond(request, "subscribe.html", sent=True, error="", given=given, like=[], own=[])
+    return respond(request, "subscribe.html", sent=True, error="", given=given, like=[], own=[], reading="")
 
 
 def _words(row: Subscription) -> str:
