@@ -157,7 +157,7 @@ def test_verdicts_that_changed(place):
     assert "could not run, measured for the first time" in text
     assert text.index("statement of old") < text.index("statement of new")
     assert "statement of back" not in text  # there and back again
-    assert mail["subject"].endswith("2 changed verdicts")
+    assert mail["subject"].endswith(": 2 verdicts")
     assert place.digest(TODAY + timedelta(days=1)) == []
 
 

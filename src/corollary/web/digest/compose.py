@@ -239,7 +239,8 @@ def plain(papers: Sequence[Found], changes: Sequence[Change], more: int, head: s
     """The mail as text."""
     parts = [_set(head)]
     if changes:
-        parts.append("VERDICTS THAT CHANGED\n" + "-" * 21)
+        words = _heading(changes).upper()
+        parts.append(words + "\n" + "-" * len(words))
         parts += ["\n".join([_set(c.title), _set(c.statement, "  "), _set(c.words, "  "), f"  {c.address}"]) for c in changes]
         if more:
             parts.append(f"and {more} more: {address}/methods")
@@ -251,7 +252,7 @@ def plain(papers: Sequence[Found], changes: Sequence[Change], more: int, head: s
                 lines.append(_set(people(found.paper.authors), "    "))
             lines.append(_set(_short(found.paper.text), "    "))
             if found.record is not None:
-                lines.append(_set(f"Runs here: {standing(found.record).words}.", "    "))
+                lines.append(_set(f"{standing(found.record).words[0].upper()}{standing(found.record).words[1:]}:", "    "))
                 lines.append(f"    corollary verify {found.record.paper.slug}")
             elif found.nearest:
                 lines.append(_set(f"Nearest method that runs here: {found.nearest[0]}", "    "))
@@ -259,6 +260,10 @@ def plain(papers: Sequence[Found], changes: Sequence[Change], more: int, head: s
             parts.append("\n".join(line for line in lines if line))
     parts.append(f"-- \nYou asked for this digest. Change it or end it:\n{leave}")
     return "\n\n".join(parts) + "\n"
+
+
+def _heading(changes: Sequence[Change]) -> str:
+    return "Verdicts that changed" if all(c.old for c in changes) else "Verdicts, changed and new"
 
 
 def _short(text: str) -> str:
@@ -293,7 +298,7 @@ def write(
     ]  # fmt: skip
     period = period_of(row.frequency, day)
     counted = [_count(len(papers), "new paper")] if papers else []
-    counted += [_count(len(changes), "changed verdict")] if changes else []
+    counted += [_count(len(changes), "verdict")] if changes else []
     told, more = changes[:CHANGES], max(0, len(changes) - CHANGES)
     message = EmailMessage()
     message["From"] = sender
@@ -309,7 +314,7 @@ def write(
     # Quoted-printable: short lines, and seven bits, whatever the server between can take.
     message.set_content(plain(found, told, more, head, base, leave), cte="quoted-printable")
     context = {
-        "papers": found, "changes": told, "more_changes": more, "day": day, "frequency": row.frequency, "people": people, "short": _short,
+        "papers": found, "changes": told, "more_changes": more, "day": day, "frequency": row.frequency, "people": people, "heading": _heading(told), "short": _short,
         "about": about(row.kind, row.value), "leave": leave, "address": base,
     }  # fmt: skip
     page = environment().get_template("digest.html").render(context)
