@@ -94,6 +94,15 @@ def test_only_what_is_new_and_only_once(place):
     assert place.box.to == ["ada@example.org"] * 2
 
 
+def test_an_outage_loses_nothing(place):
+    place.subscribed()
+    place.papers("First Light")
+    assert len(place.digest()) == 1
+    place.papers("While It Was Down", day=TODAY + timedelta(days=1))
+    (mail,) = place.digest(TODAY + timedelta(days=40))
+    assert "While It Was Down" in _text(mail)
+
+
 def test_the_headers_that_end_it_by_one_click(place):
     number = place.subscribed()
     place.papers("First Light")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from datetime import timedelta
+from itertools import count
 
 import pytest
 from sqlalchemy import func, select
@@ -70,14 +72,14 @@ def _states(folder):
 
 def test_killed_while_they_are_written(tmp_path):
     """Before every statement in turn: the next call writes what is missing, and each mail once."""
-    n, done = 0, False
+    n, done, base = 0, False, tmp_path / "base"
+    base.mkdir()
+    store = open_store(_url(base))
+    confirmed(store)
+    store.close()
     while not done:
         n += 1
-        folder = tmp_path / str(n)
-        folder.mkdir()
-        store = open_store(_url(folder))
-        confirmed(store)
-        store.close()
+        folder = shutil.copytree(base, tmp_path / str(n))
         done = not killed(n, lambda folder=folder: _queue(folder))
         states, told = _states(folder)
         assert states["queued"] == told <= 2  # a mail and its mark come together
@@ -90,19 +92,13 @@ def test_killed_while_they_are_written(tmp_path):
 @pytest.fixture
 def queued(tmp_path):
     """Makes folders with two mails in the outbox."""
-    made = []
-
-    def make():
-        folder = tmp_path / f"q{len(made)}"
-        made.append(folder)
-        folder.mkdir()
-        store = open_store(_url(folder))
-        confirmed(store)
-        store.close()
-        _queue(folder)
-        return folder
-
-    return make
+    numbers, base = count(), tmp_path / "base"
+    base.mkdir()
+    store = open_store(_url(base))
+    confirmed(store)
+    store.close()
+    _queue(base)
+    return lambda: shutil.copytree(base, tmp_path / str(next(numbers)))
 
 
 def test_killed_while_they_are_sent(queued):
@@ -119,13 +115,13 @@ def test_killed_while_they_are_sent(queued):
             _flush(folder, box.port)
             states, _ = _states(folder)
             assert states == Counter(sent=2)
-            count = Counter(box.to)
-            assert set(count) == set(PEOPLE)
+            to = Counter(box.to)
+            assert set(to) == set(PEOPLE)
             assert len(box.raw) <= 3
             if len(box.raw) == 3:
                 again.append((n, taken))
-                twice = next(a for a in PEOPLE if count[a] == 2)
-                raw = [r for r, to in zip(box.raw, box.to, strict=True) if to == twice]
+                twice = next(a for a in PEOPLE if to[a] == 2)
+                raw = [r for r, whom in zip(box.raw, box.to, strict=True) if whom == twice]
                 assert raw[0] == raw[1]
                 assert box.mails[0]["message-id"]
     # The whole of that instant, for each mail: before BEGIN, before UPDATE and before COMMIT of the mark.

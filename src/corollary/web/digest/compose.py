@@ -104,13 +104,8 @@ def period_of(frequency: str, day: date) -> str:
 
 
 def _since(row: Subscription, today: date) -> date:
-    """The oldest day whose papers are news: older where the last digest is longer ago, as after a long outage."""
-    usual = today - _BACK[row.frequency]
-    if row.last_period is None:
-        return usual
-    if row.frequency == "daily":
-        return min(usual, date.fromisoformat(row.last_period))
-    return min(usual, date.fromisocalendar(int(row.last_period[:4]), int(row.last_period[6:]), 1))
+    """The oldest day whose papers are news: older than usual where the last look is longer ago, as after an outage."""
+    return min(today - _BACK[row.frequency], datetime.fromisoformat(row.value["after"]).date())
 
 
 def _fresh(desk: Desk, since: date, after: str) -> tuple[list[int], str]:
