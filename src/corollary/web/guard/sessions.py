@@ -155,6 +155,29 @@ class Sessions:
         value = f"{text}.{self._sign('session', text)}"
         return f"{self.cookie_name}={value}; Path=/; HttpOnly; SameSite=Lax; Max-Age={_LASTS}{secure}"
 
+    def feed_token(self, reader: int) -> str:
+        """What lets a feed reader see a reader's list; signing out everywhere withdraws it."""
+        text = f"{reader}.{int((self._facts(reader) or {}).get('epoch', 0))}"
+        return f"{text}.{self._sign('feed', text)}"
+
+    def reader_of_feed(self, token: str) -> int | None:
+        """The reader of such a token; None for one that does not hold."""
+        number = token.partition(".")[0]
+        if not (number.isascii() and number.isdigit() and len(number) < 19) or self._facts(int(number)) is None:
+            return None
+        return int(number) if hmac.compare_digest(token.encode(), self.feed_token(int(number)).encode()) else None
+
+    def unsubscribe_token(self, subscription: int) -> str:
+        """What ends a subscription. It is derived, so that a digest can be written again to the letter, and kept by nobody."""
+        return f"{subscription}.{self._sign('unsubscribe', str(subscription))}"
+
+    def subscription_of(self, token: str) -> int | None:
+        """The number of the subscription that a token ends; None for one that does not hold."""
+        number = token.partition(".")[0]
+        if not (number.isascii() and number.isdigit() and len(number) < 19):
+            return None
+        return int(number) if hmac.compare_digest(token.encode(), self.unsubscribe_token(int(number)).encode()) else None
+
     def csrf(self, who: Who) -> str:
         """The token that a form of this session carries."""
         return self._sign("csrf", who.session)

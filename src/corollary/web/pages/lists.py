@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse, Response
 
+from corollary.web.feeds import feed_links
 from corollary.web.pages.cards import cards
 from corollary.web.pages.render import long_day, respond
 from corollary.web.store import (
@@ -45,7 +46,7 @@ def _show_day(request: Request, day: date, asked: date | None, after: str | None
     except ValueError as error:
         raise HTTPException(404, "this page of the list does not exist") from error
     return respond(
-        request, "day.html", keep=True, current="day", day=day, asked=asked, cards=cards(request, page.papers), next=page.next,
+        request, "day.html", keep=True, current="day", feeds=feed_links("papers", "Newest papers"), day=day, asked=asked, cards=cards(request, page.papers), next=page.next,
         before=nearest_day(store, day, "before"), later=nearest_day(store, day, "after"), after=after,
     )  # fmt: skip
 
@@ -146,6 +147,6 @@ def trends(request: Request) -> Response:
     store = request.app.state.store
     found = trending(store)
     return respond(
-        request, "trending.html", keep=True, current="trending", formula=TRENDING_FORMULA, total=count_papers(store),
+        request, "trending.html", keep=True, current="trending", feeds=feed_links("trending", "Trending"), formula=TRENDING_FORMULA, total=count_papers(store),
         cards=cards(request, [paper for paper, _ in found], score={paper.id: score for paper, score in found}),
     )  # fmt: skip

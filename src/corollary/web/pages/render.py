@@ -142,7 +142,7 @@ def environment() -> Environment:
         host=_host,
         query=_query,
     )
-    made.filters.update(clip=_clip, link=_markup(html.link), pairs=_pairs)
+    made.filters.update(oneline=lambda text: " ".join(str(text).split()), clip=_clip, link=_markup(html.link), pairs=_pairs)
     return made
 
 
