@@ -245,6 +245,43 @@ def compress(
     raise typer.Exit(run_compress(request))
 
 
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen at; other machines need --lab.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.", min=0, max=65535)] = 8000,
+    database: daily.Database = None,
+    lab: Annotated[bool, typer.Option("--lab", help="Many readers, with accounts that `corollary reader` makes.")] = False,
+    closed: Annotated[bool, typer.Option("--closed", help="In a lab: nothing can be read without signing in.")] = False,
+    address: Annotated[
+        str | None, typer.Option(metavar="URL", help="As readers reach the page, where a proxy stands before it.")
+    ] = None,
+    jobs: Annotated[bool, typer.Option("--jobs/--no-jobs", help="Work off the runs that readers start.")] = True,
+    open_: Annotated[bool, typer.Option("--open/--no-open", help="Open a browser.")] = True,
+    store: StoreDir = None,
+) -> None:
+    """Serve the daily page: papers by day, search, likeness, and the verdict on every card."""
+    from corollary.cli.serve import run_serve
+
+    run_serve(host, port, address, lab, closed, jobs, open_, database, store)
+
+
+@app.command()
+def reader(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What the page calls them.")],
+    mail: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Where links that sign them in are sent.")] = None,
+    runs: Annotated[bool | None, typer.Option("--runs/--no-runs", help="Whether they may start runs.")] = None,
+    admin: Annotated[bool | None, typer.Option("--admin/--no-admin", help="Whether they may cancel all runs and export.")] = None,
+    token: Annotated[bool, typer.Option("--token", help="Also make a token for the API.")] = False,
+    address: Annotated[str | None, typer.Option(metavar="URL", help="As readers reach the page.")] = None,
+    database: daily.Database = None,
+) -> None:
+    """Make a reader of a lab's page, or change one, and print a link that signs them in."""
+    from corollary.cli.serve import run_reader
+
+    run_reader(name, mail, runs, admin, token, address, database)
+
+
+
 def main() -> None:
     """Run the command line; every failure is one clear line and an exit status."""
     from corollary.claims.parallel import BackendError
