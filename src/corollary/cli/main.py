@@ -270,7 +270,9 @@ def reader(
     name: Annotated[str, typer.Argument(metavar="NAME", help="What the page calls them.")],
     mail: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Where links that sign them in are sent.")] = None,
     runs: Annotated[bool | None, typer.Option("--runs/--no-runs", help="Whether they may start runs.")] = None,
-    admin: Annotated[bool | None, typer.Option("--admin/--no-admin", help="Whether they may cancel all runs and export.")] = None,
+    admin: Annotated[
+        bool | None, typer.Option("--admin/--no-admin", help="Whether they may cancel all runs and export.")
+    ] = None,
     token: Annotated[bool, typer.Option("--token", help="Also make a token for the API.")] = False,
     address: Annotated[str | None, typer.Option(metavar="URL", help="As readers reach the page.")] = None,
     database: daily.Database = None,
@@ -279,7 +281,6 @@ def reader(
     from corollary.cli.serve import run_reader
 
     run_reader(name, mail, runs, admin, token, address, database)
-
 
 
 def main() -> None:

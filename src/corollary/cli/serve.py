@@ -31,7 +31,9 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.listen(2048)
     except OSError as error:
         listener.close()
-        raise typer.BadParameter(f"{host}:{port} cannot be served: {error.strerror}; take another with --port", param_hint="--port") from error
+        raise typer.BadParameter(
+            f"{host}:{port} cannot be served: {error.strerror}; take another with --port", param_hint="--port"
+        ) from error
     return listener
 
 
@@ -39,8 +41,10 @@ def _settings(host: str, port: int, address: str | None, lab: bool, closed: bool
     from corollary.web.settings import LOOPBACK, Settings
 
     if not lab and host not in LOOPBACK:
-        raise typer.BadParameter(f"'{host}' can be reached by others: that needs accounts, which --lab gives", param_hint="--host")
-    more = {} if store is None else {"runs": store}
+        raise typer.BadParameter(
+            f"'{host}' can be reached by others: that needs accounts, which --lab gives", param_hint="--host"
+        )
+    more: dict[str, Any] = {} if store is None else {"runs": store}
     shown = f"[{host}]" if ":" in host else host
     try:
         return Settings(address=address or f"http://{shown}:{port}", lab=lab, open_reading=not closed, jobs=jobs, **more)
@@ -59,7 +63,15 @@ def _mailer() -> Any:
 
 
 def run_serve(
-    host: str, port: int, address: str | None, lab: bool, closed: bool, jobs: bool, open_: bool, database: str | None, store_dir: Path | None
+    host: str,
+    port: int,
+    address: str | None,
+    lab: bool,
+    closed: bool,
+    jobs: bool,
+    open_: bool,
+    database: str | None,
+    store_dir: Path | None,
 ) -> None:
     """Open the store, put the first issue in, and serve until interrupted."""
     try:
@@ -67,7 +79,9 @@ def run_serve(
 
         from corollary.web.app import create_app
     except ModuleNotFoundError as error:
-        raise typer.BadParameter(f"the daily page needs the extra 'web': pip install 'corollary[web]' ({error.name} is missing)") from error
+        raise typer.BadParameter(
+            f"the daily page needs the extra 'web': pip install 'corollary[web]' ({error.name} is missing)"
+        ) from error
     from corollary.web.importers import first_issue
     from corollary.web.search import catch_up
     from corollary.web.store import count_papers
@@ -97,7 +111,9 @@ def run_serve(
             store.close()
 
 
-def run_reader(name: str, mail: str | None, runs: bool | None, admin: bool | None, token: bool, address: str | None, database: str | None) -> None:
+def run_reader(
+    name: str, mail: str | None, runs: bool | None, admin: bool | None, token: bool, address: str | None, database: str | None
+) -> None:
     """Make a reader of a lab's page, or change one, and print a link that signs them in."""
     import hashlib
     import secrets
@@ -125,7 +141,12 @@ def run_reader(name: str, mail: str | None, runs: bool | None, admin: bool | Non
                 row = Reader(name=name.strip(), settings={})
                 session.add(row)
                 session.flush()
-            changes = {"address": given, "may_run": runs, "admin": admin, "api_hash": key and hashlib.sha256(key.encode()).hexdigest()}
+            changes = {
+                "address": given,
+                "may_run": runs,
+                "admin": admin,
+                "api_hash": key and hashlib.sha256(key.encode()).hexdigest(),
+            }
             row.settings = {**row.settings, **{field: value for field, value in changes.items() if value is not None}}
             number = row.id
         console = Console(soft_wrap=True)

@@ -19,17 +19,18 @@ from contextlib import asynccontextmanager, suppress
 from functools import cache
 from importlib.resources import files
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from corollary import __version__
 from corollary.report import shell
 from corollary.web import api, digest, feeds
+from corollary.web.api.asking import reading
 from corollary.web.board import Verdicts
 from corollary.web.guard import Guard, Limits, Sessions
 from corollary.web.jobs import JobRunner
-from corollary.web.pages import ROUTERS, errors
+from corollary.web.pages import account, catalogue, desk, errors, lists, paper, runs, search
 from corollary.web.search import warm
 from corollary.web.settings import Settings
 from corollary.web.store import Store, record_verdicts
@@ -129,8 +130,10 @@ def create_app(store: Store, settings: Settings | None = None, *, mail: digest.M
     state.limits, state.mail = Limits(), mail
     state.outbox = digest.OutboxRunner(store, mail) if mail is not None else None
     state.jobs = JobRunner(store, settings, changed) if settings.jobs else None
-    for router in (static, api.router, feeds.router, digest.router, *ROUTERS):
+    for router in (static, api.router, feeds.router, digest.router, account.router):
         app.include_router(router)
+    for router in (lists.router, search.router, catalogue.router, paper.router, desk.router, runs.router):
+        app.include_router(router, dependencies=[Depends(reading)])
     errors.install(app)
     app.add_middleware(errors.Broken)
     app.add_middleware(Guard, settings=settings, sessions=sessions, version=version)  # the outermost: added last

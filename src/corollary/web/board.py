@@ -67,7 +67,9 @@ class Standing:
         """The line."""
         if not self.measured:
             return "not yet measured"
-        return f"{self.holds} of {self.total} {'claim' if self.total == 1 else 'claims'} hold{'s' if self.holds == 1 else ''} here"
+        return (
+            f"{self.holds} of {self.total} {'claim' if self.total == 1 else 'claims'} hold{'s' if self.holds == 1 else ''} here"
+        )
 
 
 def standing(view: PaperView) -> Standing:

@@ -12,10 +12,10 @@ from starlette.exceptions import HTTPException
 
 from corollary.web.api.asking import reading
 from corollary.web.api.schemas import ERRORS, DailyPaper, Day, Near, Ours, Paper, SearchHit, SearchResults, Standing
+from corollary.web.asked import LONGEST, filters_of
 from corollary.web.board import standing
 from corollary.web.guard import client
 from corollary.web.pages.render import paper_address
-from corollary.web.pages.search import LONGEST, filters_of
 from corollary.web.search import nearest_implemented, search, similar
 from corollary.web.store import Page, PaperView, days, get_paper, nearest_day, papers_between, trending
 from corollary.web.store import papers_of_month as of_month

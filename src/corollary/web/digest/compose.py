@@ -17,13 +17,13 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from corollary.web.asked import filters_of
 from corollary.web.board import Verdicts, standing
 from corollary.web.digest.outbox import put
 from corollary.web.digest.subscriptions import about, forget_unconfirmed
 from corollary.web.guard import Sessions
 from corollary.web.pages.cards import nearest_methods
 from corollary.web.pages.render import environment, long_day, paper_address, short_day
-from corollary.web.pages.search import filters_of
 from corollary.web.search import rank_for, search
 from corollary.web.search.types import Filters
 from corollary.web.settings import Settings

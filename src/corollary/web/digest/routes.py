@@ -10,11 +10,11 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
 
+from corollary.web.asked import FIELDS
 from corollary.web.digest.mailer import check_address
 from corollary.web.digest.subscriptions import about, change, confirm, find, named, of_reader, pending, subscribe, unsubscribe
 from corollary.web.guard import NotSignedIn, checked_form, client, who
 from corollary.web.pages.render import respond
-from corollary.web.pages.search import FIELDS
 from corollary.web.store import Subscription, papers_by_id
 
 router = APIRouter(include_in_schema=False)

@@ -17,11 +17,11 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from corollary.web.api.asking import reading
+from corollary.web.asked import LONGEST, filters_of
 from corollary.web.board import standing
 from corollary.web.feeds.write import KINDS, Entry, Feed, atom, json_feed, rss
 from corollary.web.guard import client
 from corollary.web.pages.render import paper_address
-from corollary.web.pages.search import LONGEST, filters_of
 from corollary.web.search import search
 from corollary.web.store import (
     Page,

@@ -50,9 +50,7 @@ class Limits:
         clock: gives seconds.
     """
 
-    def __init__(
-        self, rates: Mapping[str, tuple[int, float]] = RATES, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, rates: Mapping[str, tuple[int, float]] = RATES, clock: Callable[[], float] = time.monotonic) -> None:
         self._rates, self._clock = rates, clock
         self._buckets: OrderedDict[tuple[str, str], tuple[float, float]] = OrderedDict()
         self._lock = threading.Lock()

@@ -92,7 +92,9 @@ class JobRunner:
                 return None
             ours = update(Job).where(Job.id == job.id, Job.state == "queued")
             taken = session.execute(
-                ours.values(state="running", worker=self.name, started_at=now(), heartbeat=now(), progress=0.0, log="", result=None)
+                ours.values(
+                    state="running", worker=self.name, started_at=now(), heartbeat=now(), progress=0.0, log="", result=None
+                )
             )
             return (job.id, dict(job.args)) if cast("CursorResult[Any]", taken).rowcount == 1 else None
 
@@ -123,7 +125,10 @@ class _Run:
         except OSError as error:
             self._end("failed", f"the run could not be started: {error.strerror}")
             return
-        readers = [threading.Thread(target=self._read, args=(process,), daemon=True), threading.Thread(target=self._complaints, args=(process,), daemon=True)]
+        readers = [
+            threading.Thread(target=self._read, args=(process,), daemon=True),
+            threading.Thread(target=self._complaints, args=(process,), daemon=True),
+        ]
         for reader in readers:
             reader.start()
         try:
@@ -233,7 +238,9 @@ class _Run:
         }  # fmt: skip
         with self.runner.store.writing() as session:
             session.execute(
-                update(Job).where(Job.id == self.job_id, Job.worker == self.runner.name, Job.state == "running").values(**values)
+                update(Job)
+                .where(Job.id == self.job_id, Job.worker == self.runner.name, Job.state == "running")
+                .values(**values)
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from email.message import EmailMessage
 from email.utils import formatdate
 from urllib.parse import quote
@@ -12,6 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse, Response
 
+from corollary.web.digest.outbox import put
 from corollary.web.guard import checked_form, client, who
 from corollary.web.pages.render import local, respond
 from corollary.web.store import Reader
@@ -39,20 +41,33 @@ def _find(request: Request, address: str) -> tuple[int, str] | None:
 
 
 def _mail_link(request: Request, address: str) -> None:
-    """Mail a link to a reader of this address. Whoever asks learns nothing of whether there is one."""
+    """Put a link for a reader of this address into the outbox. Whoever asks learns nothing of whether there is one."""
     app = request.app.state
     found = _find(request, address)
     if found is None:
         return
+    name = secrets.token_hex(12)
     message = EmailMessage()
+    message["From"] = app.mail.sender
     message["To"] = address
+    message["Message-ID"] = f"<sign-in.{name}@{app.mail.sender.domain}>"
     message["Subject"] = "Your link to sign in to Corollary"
     message["Date"] = formatdate()
     message.set_content(
         f"Hello {found[1]},\n\nthis link signs you in, once, within a week:\n\n{app.sessions.link(found[0])}\n\n"
         "If you did not ask for it, leave it: nobody is signed in without it.\n"
     )
-    app.mail(message)
+    with app.store.writing() as session:
+        put(
+            session,
+            message,
+            address,
+            kind="sign-in",
+            dedupe=f"sign-in:{name}",
+            message_id=str(message["Message-ID"]),
+            subscription=None,
+        )
+    app.outbox.wake()
 
 
 @router.post("/sign-in")
@@ -77,7 +92,9 @@ async def ask_for_link(request: Request) -> Response:
 def confirm(request: Request, token: str, next: str = "/") -> Response:
     """A page with one button: a mail scanner that follows the link does not use it up."""
     _lab(request)
-    return respond(request, "sign_in_confirm.html", token=token[:200], next=local(next), headers={"referrer-policy": "same-origin"})
+    return respond(
+        request, "sign_in_confirm.html", token=token[:200], next=local(next), headers={"referrer-policy": "same-origin"}
+    )
 
 
 @router.post("/sign-in/{token}")

@@ -12,8 +12,8 @@ from sqlalchemy import select
 
 from corollary.report.views import PaperView as RecordView
 from corollary.web.guard import who
+from corollary.web.search.encoders import unit
 from corollary.web.search.engine import searcher
-from corollary.web.search.vectors import unit
 from corollary.web.store import PaperView, ReadingItem, Store, Vote, views
 
 _LIKENESS = 0.35  # a method whose likeness is below this is not worth naming on a card
@@ -62,7 +62,7 @@ def reader_marks(store: Store, reader: int | None, ids: Sequence[int]) -> tuple[
         items = select(ReadingItem.paper_id, ReadingItem.state).where(
             ReadingItem.reader_id == reader, ReadingItem.paper_id.in_(ids)
         )
-        return votes, {paper: state for paper, state in connection.execute(items)}
+        return votes, dict(connection.execute(items).tuples().all())
 
 
 def cards(request: Request, papers: Sequence[PaperView], **more: dict[int, Any]) -> list[Card]:

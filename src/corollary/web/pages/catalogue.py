@@ -7,6 +7,7 @@ from starlette.responses import Response
 
 from corollary.report.views import STATES, PaperView
 from corollary.web.board import verdict_choices
+from corollary.web.feeds.links import feed_links
 from corollary.web.pages.render import respond
 from corollary.web.store import papers_of_slugs
 
@@ -29,7 +30,8 @@ def methods(request: Request, q: str = "", package: str = "", verdict: str = "",
     found = [view for view in app.verdicts.select(package, verdict, evidence) if has_words(view, q[:1000])]
     known = {paper.slug: paper for paper in papers_of_slugs(app.store, [view.paper.slug for view in found])}
     return respond(
-        request, "catalogue.html", keep=True, current="methods", board=board, found=found, known=known, q_methods=q, package=package,
+        request, "catalogue.html", keep=True, current="methods",
+        feeds=(*feed_links("methods", "Methods", package=package, verdict=verdict, evidence=evidence), *feed_links("verdicts", "Verdicts")), board=board, found=found, known=known, q_methods=q, package=package,
         verdict=verdict, evidence=evidence, packages=sorted({p.paper.package for p in board.papers}),
         verdicts=verdict_choices(board), states=STATES,
     )  # fmt: skip

@@ -13,11 +13,12 @@ from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from corollary.web.feeds.links import feed_links
 from corollary.web.guard import NotSignedIn, checked_form, who
 from corollary.web.pages.cards import cards
 from corollary.web.pages.render import back, respond, wants_fragment
 from corollary.web.pages.search import saved_searches
-from corollary.web.store import Note, PaperView, ReadingItem, Store, Vote, now, papers_by_id, vote, views
+from corollary.web.store import Note, PaperView, ReadingItem, Store, Vote, now, papers_by_id, views, vote
 
 router = APIRouter(include_in_schema=False)
 
@@ -113,14 +114,21 @@ def desk(request: Request) -> Response:
     if reader is None:
         raise NotSignedIn
     with store.reading() as connection, Session(connection) as session:
-        items = list(session.scalars(select(ReadingItem).where(ReadingItem.reader_id == reader).order_by(ReadingItem.added_at.desc()).limit(500)))
+        items = list(
+            session.scalars(
+                select(ReadingItem).where(ReadingItem.reader_id == reader).order_by(ReadingItem.added_at.desc()).limit(500)
+            )
+        )
         notes = list(session.scalars(select(Note).where(Note.reader_id == reader).order_by(Note.changed_at.desc()).limit(200)))
-        votes = list(session.scalars(select(Vote.paper_id).where(Vote.reader_id == reader).order_by(Vote.created_at.desc()).limit(200)))
+        votes = list(
+            session.scalars(select(Vote.paper_id).where(Vote.reader_id == reader).order_by(Vote.created_at.desc()).limit(200))
+        )
         wanted = {*(i.paper_id for i in items), *(n.paper_id for n in notes), *votes}
         papers = {p.id: p for p in views(connection, sorted(wanted))}
         by_id = {card.paper.id: card for card in cards(request, list(papers.values()))}
         return respond(
             request, "desk.html", current="desk", states=READING,
+            feeds=feed_links("reading", "Reading list", token=request.app.state.sessions.feed_token(reader)),
             lists={state: [by_id[i.paper_id] for i in items if i.state == state and i.paper_id in by_id] for state in READING},
             notes=[(papers[n.paper_id], n.text, n.changed_at) for n in notes if n.paper_id in papers],
             votes=[by_id[i] for i in votes if i in by_id], saved=saved_searches(request),

@@ -58,9 +58,13 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(NotSignedIn)
     async def not_signed_in(request: Request, error: NotSignedIn) -> Response:
         if request.url.path.startswith("/api/"):
-            return JSONResponse({"error": "sign in, or send 'Authorization: Bearer TOKEN'"}, 401, {"www-authenticate": "Bearer"})
+            return JSONResponse(
+                {"error": "sign in, or send 'Authorization: Bearer TOKEN'"}, 401, {"www-authenticate": "Bearer"}
+            )
         address = sign_in_address(request)
-        return PlainTextResponse("", 200, {"hx-redirect": address}) if wants_fragment(request) else RedirectResponse(address, 303)
+        return (
+            PlainTextResponse("", 200, {"hx-redirect": address}) if wants_fragment(request) else RedirectResponse(address, 303)
+        )
 
 
 class Broken:

@@ -136,7 +136,7 @@ def _period(
     later: tuple[str, str], after: str | None, address: str,
 ) -> Response:  # fmt: skip
     return respond(
-        request, "period.html", keep=True, current="day", name=name, about=about, counts=counts, weeks=weeks, before=before, later=later,
+        request, "period.html", keep=True, current="day", feeds=feed_links(address[1:], name), name=name, about=about, counts=counts, weeks=weeks, before=before, later=later,
         cards=cards(request, page.papers), next=page.next, after=after, address=address, total=sum(counts.values()),
     )  # fmt: skip
 

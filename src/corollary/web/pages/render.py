@@ -29,7 +29,7 @@ def _markup(function: Callable[..., Any]) -> Callable[..., Markup]:
 
     def wrapped(*args: Any, **kwargs: Any) -> Markup:
         made = function(*args, **kwargs)
-        return Markup("") if made is None else Markup(str(made) if isinstance(made, str) else "".join(map(str, made)))  # noqa: S704
+        return Markup("") if made is None else Markup(str(made) if isinstance(made, str) else "".join(map(str, made)))
 
     return wrapped
 
@@ -142,7 +142,7 @@ def environment() -> Environment:
         host=_host,
         query=_query,
     )
-    made.filters.update(oneline=lambda text: " ".join(str(text).split()), clip=_clip, link=_markup(html.link), pairs=_pairs)
+    made.filters.update(clip=_clip, link=_markup(html.link), pairs=_pairs)
     return made
 
 
@@ -152,7 +152,13 @@ def wants_fragment(request: Request) -> bool:
 
 
 def respond(
-    request: Request, template: str, *, keep: bool = False, status: int = 200, headers: Mapping[str, str] | None = None, **context: Any
+    request: Request,
+    template: str,
+    *,
+    keep: bool = False,
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+    **context: Any,
 ) -> Response:
     """A page.
 
@@ -201,4 +207,8 @@ def local(address: str, otherwise: str = "/") -> str:
     except ValueError:
         return otherwise
     plain = address.startswith("/") and not address.startswith("//") and "\\" not in address
-    return address if plain and not parts.netloc and not parts.scheme and address.isprintable() and address.isascii() else otherwise
+    return (
+        address
+        if plain and not parts.netloc and not parts.scheme and address.isprintable() and address.isascii()
+        else otherwise
+    )

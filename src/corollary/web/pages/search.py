@@ -2,65 +2,37 @@
 
 from __future__ import annotations
 
-from datetime import date
 from typing import Any
 
 from fastapi import APIRouter, Request
 from sqlalchemy import delete, select
 from sqlalchemy.exc import IntegrityError
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from corollary.web.asked import FIELDS, LONGEST, filters_of
 from corollary.web.board import verdict_choices
+from corollary.web.feeds.links import feed_links
 from corollary.web.guard import NotSignedIn, checked_form, client, who
 from corollary.web.pages.cards import cards
 from corollary.web.pages.render import back, respond, wants_fragment
-from corollary.web.search import Filters, Results, excerpt, highlight, search
+from corollary.web.search import Results, excerpt, highlight, search
 from corollary.web.store import SavedSearch
-from starlette.concurrency import run_in_threadpool
 
 router = APIRouter(include_in_schema=False)
 
-LONGEST = 10_000  # letters of a query; an abstract pasted whole has 2,000
-FIELDS = ("first", "last", "category", "code", "package", "verdict", "evidence", "mode")
 _MODES = ("fusion", "words", "meaning")
 
 
-def _day(text: str) -> date | None:
-    try:
-        return date.fromisoformat(text) if text else None
-    except ValueError:
-        return None
-
-
-def filters_of(verdicts: Any, fields: dict[str, str]) -> Filters:
-    """The filters that a form's fields stand for; fields that say nothing sensible let everything through."""
-    package, verdict, evidence = (fields.get(name, "") for name in ("package", "verdict", "evidence"))
-    slugs = None
-    if package or verdict or evidence:
-        slugs = frozenset(view.paper.slug for view in verdicts.select(package, verdict, evidence))
-    return Filters(
-        first=_day(fields.get("first", "")),
-        last=_day(fields.get("last", "")),
-        category=fields.get("category", "")[:40] or None,
-        slugs=slugs,
-        has_code=fields.get("code", "") == "1",
-    )
-
-
 @router.get("/search")
-def find(
-    request: Request, q: str = "", first: str = "", last: str = "", category: str = "", code: str = "", package: str = "",
-    verdict: str = "", evidence: str = "", mode: str = "", after: str | None = None,
-) -> Response:  # fmt: skip
-    """The search page, with hits where there is a query."""
+def find(request: Request, q: str = "", mode: str = "", after: str | None = None) -> Response:
+    """The search page, with hits where there is a query; the filters' fields are `FIELDS`."""
     app = request.app.state
     if app.settings.lab:
         app.limits.take("search", client(request))
-    fields = dict(
-        first=first, last=last, category=category, code=code, package=package, verdict=verdict, evidence=evidence, mode=mode
-    )
-    fields = {name: value for name, value in fields.items() if value}
+    asked = {name: request.query_params.get(name, "") for name in FIELDS}
+    fields = {name: value for name, value in asked.items() if value}
     q = q.strip()
     results: Results | None = None
     shown: list[Any] = []
@@ -83,6 +55,7 @@ def find(
     board = app.verdicts.board
     return respond(
         request, "_hits.html" if wants_fragment(request) else "search.html", keep=True, current="search", q=q,
+        feeds=feed_links("search", "This search", q=q, **{k: v for k, v in fields.items() if k != "mode"}) if q else (),
         fields=fields, results=results, cards=shown, after=after, packages=sorted({p.paper.package for p in board.papers}),
         verdicts=verdict_choices(board), saved=saved_searches(request),
     )  # fmt: skip

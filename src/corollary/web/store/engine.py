@@ -189,7 +189,9 @@ def open_store(url: str | None = None, folder: Path | None = None, *, migrate: b
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # addresses and notes are nobody else's
         if kind == "sqlite":
             Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
-        engine = create_engine(parsed, pool_size=16, max_overflow=48, **options)
+        engine = create_engine(
+            parsed, pool_size=16, max_overflow=48, hide_parameters=True, **options
+        )  # errors name the statement; what it was given may be a reader's own
     except OSError as error:
         raise StoreUnavailable(f"cannot make '{folder}': {error.strerror}; choose another with COROLLARY_DATA") from error
     except ModuleNotFoundError as error:
