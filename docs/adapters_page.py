@@ -113,6 +113,7 @@ def _plot(rows: list[dict[str, Any]]) -> str:
         placed.append((x, y))
         axes.annotate(
             row["method"], (row["trainable"], mean), (10**x * 1.07, y), fontsize=7.5, va="center", color=colour,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.4},
             arrowprops=None if abs(y - mean) < 0.005 else {"arrowstyle": "-", "color": colour, "linewidth": 0.4, "alpha": 0.5},
         )  # fmt: skip
     axes.set_xscale("log")

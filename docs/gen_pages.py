@@ -10,6 +10,7 @@ from bench_page import benchmark_page
 from checkpoint_tables import checkpoint_tables
 from cli_page import command_line_page
 from compression_page import compression_page
+from language_page import language_page
 from paper_pages import component_table, paper_pages
 from pretraining_page import pretraining_page
 from reference_pages import reference_pages
@@ -47,6 +48,10 @@ page, plot = compression_page(ROOT / "benchmarks" / "compression.json")
 write("compression.md", page)
 if plot:
     write("compression.svg", plot)
+page, plot = language_page(ROOT / "benchmarks" / "language_compression.json")
+write("language_compression.md", page)
+if plot:
+    write("language_compression.svg", plot)
 write("contributing.md", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), ROOT / "CONTRIBUTING.md")
 
 # A guide page names its package's components where it says so, from the records: no list is kept by hand.

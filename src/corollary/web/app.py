@@ -13,12 +13,14 @@ What a router finds in ``request.app.state``:
 from __future__ import annotations
 
 import mimetypes
+import os
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import cache
 from importlib.resources import files
 
+from anyio import to_thread
 from fastapi import APIRouter, Depends, FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
@@ -114,6 +116,9 @@ def create_app(store: Store, settings: Settings | None = None, *, mail: digest.M
                 warm(store)
 
         threading.Thread(target=prepare, name="corollary-warm", daemon=True).start()
+        if store.dialect == "sqlite":
+            # Answers take this processor's time, not another machine's: more threads than that wait for one another.
+            to_thread.current_default_thread_limiter().total_tokens = 2 + 2 * (os.cpu_count() or 1)
         workers = [worker for worker in (app.state.jobs, app.state.outbox) if worker is not None]
         for worker in workers:
             worker.start()
