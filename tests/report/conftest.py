@@ -6,9 +6,7 @@ None of these papers exists and no number here was measured; the report must sho
 from __future__ import annotations
 
 import math
-import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -221,23 +219,3 @@ def rows() -> list[dict[str, Any]]:
 def report(tmp_path_factory: pytest.TempPathFactory, papers: Mapping[str, Paper], rows: list[dict[str, Any]]) -> Path:
     """The folder of a written report."""
     return write_report(tmp_path_factory.mktemp("report") / "out", papers, rows).parent
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    """A headless Chromium of this machine; without one the tests are skipped, except under CI, where they fail."""
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    found = next((path for name in names if (path := shutil.which(name))), None)
-    if found is None:
-        message = f"no browser: none of {', '.join(names)} is installed"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(
-            executable_path=found, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        )
-        yield launched
-        launched.close()

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 import pytest
 import uvicorn
-from tests.report.conftest import browser
 from tests.web.filled import filled
 from tests.web.mailbox import link, mailbox
 from tests.web.test_subscribe_browser import _wrong
@@ -17,8 +16,6 @@ from tests.web.test_subscribe_browser import _wrong
 from corollary.web.app import create_app
 from corollary.web.settings import Settings
 from corollary.web.store import get_paper, vote
-
-__all__ = ["browser"]
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import uvicorn
-from tests.report.conftest import browser
 from tests.web.filled import filled
 from tests.web.mailbox import link, mailbox
 from tests.web.test_digest_killed import confirmed
@@ -17,7 +16,6 @@ from corollary.web.app import create_app
 from corollary.web.digest import flush, queue_digests
 from corollary.web.settings import Settings
 
-__all__ = ["browser"]
 AXE = (Path(__file__).parent / "assets" / "axe.min.js").read_text()
 
 
