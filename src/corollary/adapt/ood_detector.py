@@ -32,7 +32,7 @@ class OODDetector(nn.Module):
 
     .. math:: w = \operatorname{sigmoid}\big(\zeta\, (1 - |F(d) - F(2 d_0 - d)|) - b\big),
 
-    the weight that a call gives: near 1 for inputs like the set, and 0 where it falls below ``floor``. Beforehand `learn` trains the
+    the weight that a call gives (Σ⁻¹ is the pseudoinverse): near 1 for inputs like the set, and 0 where it falls below ``floor``. Beforehand `learn` trains the
     encoder on the set by `contrastive_entropy` and a loss of tokens. Call it under ``torch.no_grad()`` to weigh inputs.
 
     Args:
@@ -42,8 +42,6 @@ class OODDetector(nn.Module):
         gamma: γ, weight of the cosine.
         nu: share of the set that the SVM may leave outside.
         holdout: share of the set that only says how scores of unseen texts spread, at least two texts.
-        shrinkage: share of the covariance that is replaced by a multiple of the identity; 0 takes the pseudoinverse as it is. Needed
-            where the set has not many more texts than the layers are wide.
         zeta, offset: ζ and b. A greater ζ loads more, for what was unlearnt and for the rest.
         floor: weights below are 0.
         seed: chooses the texts held out.
@@ -66,7 +64,7 @@ class OODDetector(nn.Module):
         >>> from corollary.adapt import OODDetector
         >>> from corollary.models import GPT
         >>> tokens = torch.arange(16).repeat(40, 1) + torch.randint(3, (40, 16), generator=torch.Generator().manual_seed(0))
-        >>> detector = OODDetector(GPT(256, dim=16, depth=2, heads=2, context=16), ["blocks.*"], shrinkage=0.1).fit(tokens)
+        >>> detector = OODDetector(GPT(256, dim=16, depth=2, heads=2, context=16), ["blocks.*"]).fit(tokens)
         >>> with torch.no_grad():
         ...     weights = detector(torch.cat([tokens[:2], tokens[:2] + 100]))
         >>> (weights > 0.5).tolist()
@@ -92,7 +90,6 @@ class OODDetector(nn.Module):
         gamma: float = 1000.0,
         nu: float = 0.1,
         holdout: float = 0.25,
-        shrinkage: float = 0.0,
         zeta: float = 10.0,
         offset: float = 2.0,
         floor: float = 0.3,
@@ -106,13 +103,12 @@ class OODDetector(nn.Module):
         for name, value in (("nu", nu), ("holdout", holdout)):
             if not 0 < value < 1:
                 raise ValueError(f"'{name}' must lie between 0 and 1, not {value}")
-        for name, value in (("shrinkage", shrinkage), ("floor", floor)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"'{name}' must be at least 0 and at most 1, not {value}")
+        if not 0 <= floor <= 1:
+            raise ValueError(f"'floor' must be at least 0 and at most 1, not {floor}")
         self.layers = tuple(_matching(backbone, layers))
         self.backbone = backbone
-        self.gamma, self.nu, self.holdout, self.shrinkage = gamma, nu, holdout, shrinkage
-        self.zeta, self.offset, self.floor, self.seed = zeta, offset, floor, seed
+        self.gamma, self.nu, self.holdout, self.seed = gamma, nu, holdout, seed
+        self.zeta, self.offset, self.floor = zeta, offset, floor
         for name in _FITTED:
             self.register_buffer(name, torch.empty(0))
 
@@ -213,10 +209,6 @@ class OODDetector(nn.Module):
         mean = used.mean(1)
         centred = used - mean[:, None]
         covariance = centred.mT @ centred / used.shape[1]
-        if self.shrinkage:
-            level = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-            identity = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
-            covariance = (1 - self.shrinkage) * covariance + self.shrinkage * level * identity
         dtype = torch.promote_types(features.dtype, torch.float32)
         self.mean = mean.to(dtype)
         self.precision = torch.linalg.pinv(covariance, hermitian=True).to(dtype)
