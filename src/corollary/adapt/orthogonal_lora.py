@@ -8,7 +8,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from corollary.adapt.base import AdapterConfig, cast as cast_input, need_finite, need_probability, need_rank
+from corollary.adapt.base import AdapterConfig, need_finite, need_probability, need_rank
+from corollary.adapt.base import cast as cast_input
 from corollary.adapt.inject import Target, adapt, layers_of, registry_of, set_adapters
 from corollary.adapt.lora import LoRAAdapter
 from corollary.adapt.site import Site

@@ -70,7 +70,9 @@ class SoftLoading(nn.Module):
         for name in self.detectors:
             for site, _, adapters in layers_of(self.model, name):
                 if name not in adapters.active:
-                    raise ValueError(f"adapter '{name}' does not act on '{site}'; set_adapters(model, [...]) with all requests first")
+                    raise ValueError(
+                        f"adapter '{name}' does not act on '{site}'; set_adapters(model, [...]) with all requests first"
+                    )
                 found.append(cast(OrthogonalLoRAAdapter, adapters[name]))
         return found
 
