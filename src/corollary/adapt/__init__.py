@@ -2,6 +2,7 @@
 
 from corollary.adapt.base import Adapter, AdapterConfig, LowRankAdapter
 from corollary.adapt.continual import ContinualLearner
+from corollary.adapt.contrastive_entropy import contrastive_entropy
 from corollary.adapt.cuber import CUBER
 from corollary.adapt.ewc import EWC
 from corollary.adapt.g_act import GACT, SteeringHandle
@@ -26,6 +27,8 @@ from corollary.adapt.merging import (
     task_arithmetic,
     ties,
 )
+from corollary.adapt.ood_detector import OODDetector
+from corollary.adapt.orthogonal_lora import OrthogonalLoRA, add_request
 from corollary.adapt.pego import PEGO
 from corollary.adapt.polynomial_attention import polynomial_attention
 from corollary.adapt.randlora import RandLoRA
@@ -33,6 +36,7 @@ from corollary.adapt.report import AdapterReport, adapter_report
 from corollary.adapt.site import Site
 from corollary.adapt.snnk import BundledSNNK, SNNKLinear
 from corollary.adapt.snnk_adapter import SNNKAdapter
+from corollary.adapt.soft_loading import SoftLoading
 from corollary.adapt.state import adapter_state_dict, load_adapter, load_adapter_state_dict, save_adapter
 from corollary.adapt.svfit import SVFit
 from corollary.adapt.triadaptlora import RankGrowth, TriAdaptLoRA
@@ -95,6 +99,11 @@ __all__ = [
     "GPM",
     "CUBER",
     "EWC",
+    "OrthogonalLoRA",
+    "add_request",
+    "contrastive_entropy",
+    "OODDetector",
+    "SoftLoading",
     "GACT",
     "SteeringHandle",
 ]
