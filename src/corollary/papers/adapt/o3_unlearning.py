@@ -140,7 +140,7 @@ def known(model: nn.Module, rows: Tensor) -> Tensor:
     """Whether every word of a name is the likeliest after the words before it: (facts,)."""
     wanted = rows[:, QUESTION:]
     guessed = model(rows[:, :-1])[:, QUESTION - 1 :].argmax(-1)
-    return ((guessed == wanted) | (wanted == PAD)).all(1).double()
+    return ((guessed == wanted) | (wanted == PAD)).all(1).double()  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -278,11 +278,11 @@ def o3(trial: Trial, lr: float, *, shuffled: bool = False, true_names: bool = Fa
         weights = torch.cat([loaded.weights(rows[:, :QUESTION]) for rows in groups])
     if log:
         sizes = [KNOWN * len(asked), KNOWN * len(rest), sum(len(place.unseen[i]) for i in asked)]
-        parts = zip(("forgotten", "rest", "unseen"), weights.split(sizes), strict=True)
+        parts = zip(("forgotten", "rest", "unseen"), weights.split(sizes), strict=True)  # type: ignore[no-untyped-call]
         trial.log(**{f"loaded_{name}": float((part > 0).double().mean()) for name, part in parts}, overlap=_overlap(loaded))
     if shuffled:
         weights = weights[torch.randperm(len(weights), generator=torch.Generator().manual_seed(trial.seed))]
-    held = {id(rows): w for rows, w in zip(groups, weights.split([len(rows) for rows in groups]), strict=True)}
+    held = {id(rows): w for rows, w in zip(groups, weights.split([len(rows) for rows in groups]), strict=True)}  # type: ignore[no-untyped-call]
 
     def look(rows: Tensor) -> tuple[Tensor, Tensor]:
         with loaded.hold(held[id(rows)]) as model, torch.no_grad():
