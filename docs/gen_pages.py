@@ -14,6 +14,7 @@ from language_page import language_page
 from paper_pages import component_table, paper_pages
 from pretraining_page import pretraining_page
 from reference_pages import reference_pages
+from scale_table import scale_table
 
 from corollary.claims import catalogue
 from corollary.claims.store import Store, latest_verdicts, published_results
@@ -60,5 +61,7 @@ for path in sorted((ROOT / "docs" / "guide").glob("*.md")):
     mark = f"<!-- components: {path.stem} -->"
     if mark in text:
         write(f"guide/{path.name}", text.replace(mark, component_table(papers, path.stem)), path)
+    elif path.stem == "daily":
+        write("guide/daily.md", scale_table(text, ROOT / "benchmarks" / "web_scale.json"), path)
     elif path.stem == "checkpoints":
         write("guide/checkpoints.md", checkpoint_tables(text, ROOT / "benchmarks"), path)
