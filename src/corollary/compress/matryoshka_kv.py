@@ -28,7 +28,7 @@ def cayley(skew: Tensor) -> Tensor:
     x = skew.to(torch.promote_types(skew.dtype, torch.float32))
     half = (x - x.mT) / 2
     identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    return torch.linalg.solve(identity - half, identity + half).to(skew.dtype)
+    return torch.linalg.solve(identity - half, identity + half).to(skew.dtype)  # type: ignore[no-any-return]
 
 
 def inverse_cayley(rotation: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def inverse_cayley(rotation: Tensor) -> Tensor:
     identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     # A sum that is near singular belongs to half a turn: a little damping keeps the parameters finite.
     skew = 2 * torch.linalg.solve(identity + q + 1e-6 * identity, q - identity, left=False)
-    return ((skew - skew.mT) / 4).to(rotation.dtype)
+    return ((skew - skew.mT) / 4).to(rotation.dtype)  # type: ignore[no-any-return]
 
 
 class MatryoshkaAttention(nn.Module):
@@ -366,7 +366,7 @@ def decode(model: GPT, tokens: Tensor, cache: MatryoshkaCache) -> Tensor:
     _layers(model)
     x: Tensor = model.embed(tokens)
     for i, block in enumerate(model.blocks):
-        x = x + block.attn(block.attn_norm(x), cache, i)
-        x = x + block.mlp(block.mlp_norm(x))
+        x = x + block.attn(block.attn_norm(x), cache, i)  # type: ignore[operator]
+        x = x + block.mlp(block.mlp_norm(x))  # type: ignore[operator]
     out: Tensor = model.head(model.norm(x))
     return out

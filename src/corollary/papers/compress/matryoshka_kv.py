@@ -208,7 +208,7 @@ class Padded(MatryoshkaCache):
     """A control: each head is stored as wide as the widest."""
 
     def __init__(self, ranks: Tensor, **options: int) -> None:
-        super().__init__(ranks.amax(-1, keepdim=True).expand_as(ranks).contiguous(), **options)
+        super().__init__(ranks.amax(-1, keepdim=True).expand_as(ranks).contiguous(), **options)  # type: ignore[arg-type]
 
 
 @claim(control={"kind": Padded})
