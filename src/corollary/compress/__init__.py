@@ -7,6 +7,7 @@ from corollary.compress.checkpoint import compress_checkpoint, linear_layers
 from corollary.compress.ctr_lowrank import CTRLowRank, FactoredFields
 from corollary.compress.eora import EoRA, Quantize
 from corollary.compress.gaqat import GAQAT, gaqat_groups, gradient_disorder
+from corollary.compress.kv_cache import MatryoshkaCache
 from corollary.compress.layers import Factored, factored, set_factors
 from corollary.compress.lord import LoRD
 from corollary.compress.lowrank import SVD, FeaturePCA, LowRank
@@ -29,6 +30,18 @@ from corollary.compress.maestro import (
     maestro_layers,
     ranks_set,
     shrink,
+)
+from corollary.compress.matryoshka_kv import (
+    MatryoshkaAttention,
+    cayley,
+    decode,
+    drawn_kv_ranks,
+    inverse_cayley,
+    kv_distillation_loss,
+    kv_ranks,
+    matryoshka_kv,
+    search_kv_ranks,
+    set_kv_ranks,
 )
 from corollary.compress.packed import PackedLinear
 from corollary.compress.quantizers import gptq, round_to_nearest, two_four, two_four_mask
@@ -84,6 +97,17 @@ __all__ = [
     "split_layer",
     "splittable",
     "unfold_weight",
+    "MatryoshkaAttention",
+    "MatryoshkaCache",
+    "matryoshka_kv",
+    "kv_ranks",
+    "set_kv_ranks",
+    "drawn_kv_ranks",
+    "kv_distillation_loss",
+    "search_kv_ranks",
+    "decode",
+    "cayley",
+    "inverse_cayley",
     "TrainedRankPruning",
     "energy_truncation",
     "rank_pruning_groups",
