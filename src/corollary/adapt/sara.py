@@ -30,7 +30,7 @@ class _SparseProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, values: Tensor, index: Tensor, active: Tensor, site: Site, padding: tuple[int, ...]
     ) -> Tensor:
         ctx.save_for_backward(x, values, index, active)
@@ -42,7 +42,7 @@ class _SparseProduct(torch.autograd.Function):
         return convolve(x, site.weight(matrix), None, site.stride, padding, site.dilation, site.groups)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, values, index, active = ctx.saved_tensors
         site: Site = ctx.site
         matrix = _scatter(values, index, site).to(grad.dtype) if ctx.needs_input_grad[0] else None
@@ -103,7 +103,8 @@ class SaRAAdapter(Adapter):
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         x, padding = self._padded(x)
         x = cast_input(x, self.values)
-        return out + _SparseProduct.apply(x, self.values, self.index, self.active, self.site, padding).to(out.dtype)  # type: ignore[no-untyped-call]
+        change: Tensor = _SparseProduct.apply(x, self.values, self.index, self.active, self.site, padding)  # type: ignore[no-untyped-call]
+        return out + change.to(out.dtype)
 
     def delta(self) -> Tensor:
         return _scatter(self.values, self.index, self.site)
@@ -118,7 +119,8 @@ class SaRAAdapter(Adapter):
         matrix = _scatter(self.trained(weight) * self.active, self.index, self.site)
         tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.t()  # half the time of a wide one
         # The gradient of the sum of singular values is U Vᵀ, which needs no gap between them.
-        return self.nuclear * torch.linalg.svdvals(tall.to(torch.promote_types(matrix.dtype, torch.float32))).sum()
+        norm: Tensor = torch.linalg.svdvals(tall.to(torch.promote_types(matrix.dtype, torch.float32))).sum()
+        return self.nuclear * norm
 
     @torch.no_grad()
     def settle(self, weight: Tensor) -> int:
@@ -202,7 +204,7 @@ class SaRA(AdapterConfig):
         weights = [weight for _, weight in sites.values()]
         threshold = _smallest(weights, self.fraction) if self.scope == "model" else None
         share = 1 / max(1, sum(site.kind == "linear" for site, _ in sites.values()))
-        return {name: (threshold, share) for name in sites}
+        return dict.fromkeys(sites, (threshold, share))
 
     def build(self, site: Site, weight: Tensor, extra: Any = None) -> SaRAAdapter:
         threshold, share = extra or (None, 1.0)
