@@ -28,3 +28,7 @@ def browser() -> Iterator[Any]:
         )
         yield launched
         launched.close()
+
+
+# They hold fixtures and no doctests; several of one name cannot all be imported as modules to look for some.
+collect_ignore_glob = ["tests/*/conftest.py"]

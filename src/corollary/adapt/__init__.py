@@ -33,6 +33,7 @@ from corollary.adapt.pego import PEGO
 from corollary.adapt.polynomial_attention import polynomial_attention
 from corollary.adapt.randlora import RandLoRA
 from corollary.adapt.report import AdapterReport, adapter_report
+from corollary.adapt.sara import ProgressiveAdjustment, SaRA
 from corollary.adapt.site import Site
 from corollary.adapt.snnk import BundledSNNK, SNNKLinear
 from corollary.adapt.snnk_adapter import SNNKAdapter
@@ -71,6 +72,8 @@ __all__ = [
     "PEGO",
     "TriAdaptLoRA",
     "RankGrowth",
+    "SaRA",
+    "ProgressiveAdjustment",
     "SVFit",
     "LoLDU",
     "LoRASB",
