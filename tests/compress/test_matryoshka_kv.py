@@ -197,6 +197,9 @@ def test_decoding_is_the_whole_row(model, tokens, parts):
         found = torch.cat([decode(small, part, cache) for part in tokens.split(parts, 1)], 1)
         torch.testing.assert_close(found, small(tokens))
     assert cache.nbytes == before == 6 * 12 * int(ranks.sum()) * 8
+    cache.crop(4)
+    with torch.no_grad():
+        torch.testing.assert_close(decode(small, tokens[:, 4:], cache), small(tokens)[:, 4:])
     cache.reset()
     with torch.no_grad():
         torch.testing.assert_close(decode(small, tokens, cache), small(tokens))

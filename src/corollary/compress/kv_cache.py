@@ -69,9 +69,15 @@ class MatryoshkaCache:
         """Tokens that a layer holds."""
         return self._lengths[layer_idx]
 
+    def crop(self, max_length: int) -> None:
+        """Forget the tokens behind the first ``max_length`` of every layer; the memory stays."""
+        if max_length < 0:
+            raise ValueError(f"'max_length' must be at least 0, not {max_length}")
+        self._lengths = [min(length, max_length) for length in self._lengths]
+
     def reset(self) -> None:
         """Forget all tokens; the memory stays."""
-        self._lengths = [0] * len(self._lengths)
+        self.crop(0)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Take in the coordinates of new tokens, and give those of all.

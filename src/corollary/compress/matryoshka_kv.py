@@ -17,7 +17,15 @@ from corollary.models.gpt import GPT, CausalSelfAttention, apply_rope
 
 
 def cayley(skew: Tensor) -> Tensor:
-    r"""The rotation :math:`(I - A/2)^{-1} (I + A/2)` of each A = X - Xᵀ, for X (..., d, d); solved in at least float32.
+    r"""The rotation :math:`(I - A/2)^{-1} (I + A/2)` of A = X - Xᵀ.
+
+    Args:
+        skew: X, floating (..., d, d). Solved in at least float32.
+
+    Returns:
+        (..., d, d) of ``skew``'s dtype, orthogonal with determinant 1; differentiable.
+
+    Source: the authors' code of arXiv 2410.14731, ``orthogonal_``.
 
     Example:
         >>> import torch
@@ -32,9 +40,24 @@ def cayley(skew: Tensor) -> Tensor:
 
 
 def inverse_cayley(rotation: Tensor) -> Tensor:
-    """X whose `cayley` is a rotation (..., d, d); columns are turned round where it needs that, so that it exists and is small.
+    """X whose `cayley` is a given basis, up to the signs of its columns.
 
-    A rotation by half a turn has none; columns of a basis have no sign that counts, and those that point backwards are turned first.
+    A rotation by half a turn has no inverse under Cayley's map. Columns of a basis have no sign that counts: those that point backwards are
+    turned round first, and the last one once more where the determinant asks for it.
+
+    Args:
+        rotation: orthogonal, floating (..., d, d).
+
+    Returns:
+        (..., d, d) of its dtype.
+
+    Source: the authors' code of arXiv 2410.14731, ``inverse_orthogonal_`` and ``make_unitary_transform_det_1``.
+
+    Example:
+        >>> import torch
+        >>> q = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64)).Q
+        >>> torch.allclose((cayley(inverse_cayley(q)).T @ q).abs(), torch.eye(5, dtype=torch.float64), atol=1e-4)
+        True
     """
     q = rotation.double()
     q = q * torch.where(q.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[..., None, :]
@@ -66,6 +89,20 @@ class MatryoshkaAttention(nn.Module):
         key_skew, value_skew: (heads, d, d), whose `cayley` are U and V.
         key_mean, value_mean: (heads, d).
         ranks: int64 (2, heads), of keys and values; a buffer.
+
+    Raises:
+        ValueError, TypeError: inputs of another shape or dtype, or tokens behind the last position that there is.
+
+    When not to use it: by itself; `matryoshka_kv` makes it with moments of real inputs.
+
+    Example:
+        >>> import torch
+        >>> from corollary.models.gpt import CausalSelfAttention
+        >>> moments = torch.zeros(2, 4), torch.eye(4).expand(2, 4, 4)
+        >>> layer = MatryoshkaAttention(CausalSelfAttention(8, 2, 6), moments, moments)
+        >>> _ = layer.ranks.copy_(torch.tensor([[2, 4], [3, 1]]))
+        >>> layer(torch.randn(1, 5, 8)).shape
+        torch.Size([1, 5, 8])
 
     Source: Lin et al., "MatryoshkaKV: Adaptive KV Compression via Trainable Orthogonal Projection", arXiv 2410.14731; the authors' code.
     """
@@ -217,12 +254,26 @@ def matryoshka_kv(model: GPT, calibration: Iterable[Tensor]) -> GPT:
 
 
 def kv_ranks(model: nn.Module) -> Tensor:
-    """The ranks in use: int64 (layers, 2, heads), keys before values."""
+    """The ranks in use.
+
+    Args:
+        model: as `matryoshka_kv` made it.
+
+    Returns:
+        int64 (layers, 2, heads), keys before values.
+
+    Raises:
+        ValueError: a model without `MatryoshkaAttention`.
+    """
     return torch.stack([layer.ranks for layer in _layers(model)])
 
 
 def set_kv_ranks(model: nn.Module, ranks: int | Tensor) -> None:
-    """Cut every head's keys and values to these ranks: one number for all, or int64 (layers, 2, heads).
+    """Cut every head's keys and values to these ranks.
+
+    Args:
+        model: as `matryoshka_kv` made it; changed in place.
+        ranks: one number for all, or int64 (layers, 2, heads), keys before values.
 
     Raises:
         ValueError: another shape, or a rank below 0 or above the heads' width.
@@ -244,7 +295,15 @@ def set_kv_ranks(model: nn.Module, ranks: int | Tensor) -> None:
 def drawn_kv_ranks(model: nn.Module, generator: torch.Generator, levels: int = 8) -> Iterator[Tensor]:
     """Within it every head of every layer has ranks of its own for keys and for values, drawn from ``levels`` equal steps up to all.
 
-    So each leading part of each basis is trained to do what it can: the Matryoshka. The authors take 8 levels.
+    So each leading part of each basis is trained to do what it can: the Matryoshka. It gives the ranks, int64 (layers, 2, heads); those
+    from before come back at the end.
+
+    Args:
+        model: as `matryoshka_kv` made it.
+        generator: on the CPU.
+        levels: from 1 to the heads' width; the authors take 8.
+
+    Source: the authors' code of arXiv 2410.14731, ``PcaLlamaDistillationTrainer.compute_loss``.
     """
     layers = _layers(model)
     width = layers[0].head_dim
@@ -266,6 +325,14 @@ def kv_distillation_loss(logits: Tensor, teacher: Tensor, targets: Tensor, weigh
         logits, teacher: (batch, tokens, vocabulary).
         targets: int64 (batch, tokens).
         weight: w, 0.25 in the authors' code.
+
+    Returns:
+        A scalar, in nats a token.
+
+    Raises:
+        ValueError: a weight outside [0, 1].
+
+    Source: the authors' code of arXiv 2410.14731, ``PcaLlamaDistillationTrainer.compute_loss``.
 
     Example:
         >>> import torch
@@ -298,6 +365,8 @@ def search_kv_ranks(model: nn.Module, error: Callable[[], float], budget: float,
 
     Raises:
         ValueError: a budget or step out of range.
+
+    Source: arXiv 2410.14731, abstract: compression rates are searched for layers and heads under a budget; the search itself is ours.
 
     Example:
         >>> import torch
@@ -348,7 +417,18 @@ def search_kv_ranks(model: nn.Module, error: Callable[[], float], budget: float,
 
 
 def decode(model: GPT, tokens: Tensor, cache: MatryoshkaCache) -> Tensor:
-    """Logits (batch, tokens, vocabulary) of tokens that come behind those in the cache, which takes them in.
+    """Logits of tokens that come behind those in the cache, which takes them in.
+
+    Args:
+        model: as `matryoshka_kv` made it.
+        tokens: int64 (batch, tokens).
+        cache: made with the model's `kv_ranks`.
+
+    Returns:
+        (batch, tokens, vocabulary).
+
+    Raises:
+        ValueError: a model without `MatryoshkaAttention`, or more rows or tokens than the cache has room for.
 
     Example:
         >>> import torch
