@@ -271,9 +271,9 @@ def run(seed: int, steps: int, bits: int, method: str, lr: float, rho: float = 0
 
 TUNING_SEEDS = (100, 101, 102, 103)  # each domain is held out once
 SETTINGS: Mapping[str, tuple[tuple[float, ...], ...]] = {
-    "LSQ": ((0.05,), (0.1,), (0.15,), (0.2,)),
-    "SAM": tuple((lr, rho) for lr in (0.1, 0.2) for rho in (0.2, 0.4)),
-    "GAQAT": tuple((lr, rho, 0.4) for lr in (0.1, 0.2) for rho in (0.4, 0.8)),
+    "LSQ": ((0.0125,), (0.025,), (0.05,), (0.1,), (0.15,), (0.2,)),
+    "SAM": tuple((lr, rho) for lr in (0.05, 0.1, 0.2) for rho in (0.2, 0.4)),
+    "GAQAT": tuple((lr, rho, 0.4) for lr in (0.05, 0.1, 0.2) for rho in (0.4, 0.8)),
 }
 
 
