@@ -118,7 +118,7 @@ def create_app(store: Store, settings: Settings | None = None, *, mail: digest.M
         threading.Thread(target=prepare, name="corollary-warm", daemon=True).start()
         if store.dialect == "sqlite":
             # Answers take this processor's time, not another machine's: more threads than that wait for one another.
-            to_thread.current_default_thread_limiter().total_tokens = 2 + 2 * (os.cpu_count() or 1)
+            to_thread.current_default_thread_limiter().total_tokens = max(2, os.cpu_count() or 1)
         workers = [worker for worker in (app.state.jobs, app.state.outbox) if worker is not None]
         for worker in workers:
             worker.start()

@@ -162,7 +162,8 @@ def search(
             few = by_words.few_allowed(connection, filters)
             near = _by_meaning(tool, about, few)
             if parsed.phrases or parsed.authors or parsed.excluded:  # what must or must not stand there holds for these too
-                near = [i for i in near if i in set(lists["words"])]
+                held = set(lists["words"])
+                near = [i for i in near if i in held]
             lists["meaning"] = near if few is not None else by_words.allowed(connection, filters, near)[:DEPTH]
         ranks = {name: {paper: rank for rank, paper in enumerate(found, 1)} for name, found in lists.items()}
         scores: dict[int, float] = {}
