@@ -124,9 +124,6 @@ def test_days_are_paged_whole_and_in_order(store):
     first, last = FIRST + timedelta(days=2), FIRST + timedelta(days=11)
     wanted = [i for d, _, i in sorted(rows, key=lambda row: (-row[1], -row[2])) if first <= d <= last]
     assert walk(s.papers_between, store, first, last) == wanted
-    assert walk(s.papers_of_month, store, 2024, 1) == walk(s.papers_between, store, FIRST, date(2024, 1, 31))
-    assert walk(s.papers_of_week, store, 2024, 2) == walk(s.papers_between, store, date(2024, 1, 8), date(2024, 1, 14))
-    assert s.papers_of_month(store, 2023, 12).papers == []
 
 
 def test_counts_and_nearest_days(store):

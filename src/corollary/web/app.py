@@ -12,11 +12,12 @@ What a router finds in ``request.app.state``:
 
 from __future__ import annotations
 
+import logging
 import mimetypes
 import os
 import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import cache
 from importlib.resources import files
 
@@ -37,6 +38,7 @@ from corollary.web.search import warm
 from corollary.web.settings import Settings
 from corollary.web.store import Store, record_verdicts
 
+_LOG = logging.getLogger("corollary.web")
 _STATIC = frozenset({"web.css", "app.js", "icon.svg", "vendor/htmx.min.js"})
 static = APIRouter(include_in_schema=False)
 
@@ -111,9 +113,11 @@ def create_app(store: Store, settings: Settings | None = None, *, mail: digest.M
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         def prepare() -> None:
-            with suppress(Exception):  # a page is better late than never: the first search does what failed here
+            try:
                 changed()
                 warm(store)
+            except Exception as error:  # noqa: BLE001 - the pages come all the same, and the first search does what failed here
+                _LOG.warning("could not get ready beforehand: %s", type(error).__name__)
 
         threading.Thread(target=prepare, name="corollary-warm", daemon=True).start()
         if store.dialect == "sqlite":

@@ -178,6 +178,16 @@ class Verdicts:
         return [p for p in found if not (verdict or evidence) or any(map(fits, p.claims))]
 
 
+def change_words(old: str | None, new: str) -> str:
+    """A change of a verdict in words; ``old`` is None for the first.
+
+    Example:
+        >>> change_words("inconclusive", "supported at this scale")
+        'supported at this scale, was inconclusive'
+    """
+    return f"{new}, was {old}" if old else f"{new}, measured for the first time"
+
+
 def verdict_choices(board: Board) -> list[tuple[str, str]]:
     """The verdicts that a filter can name, those that occur."""
     found: list[tuple[str, str]] = [(s.key, s.label) for s in STATES if board.counts[s.key]]

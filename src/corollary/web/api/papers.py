@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import UTC, date, datetime, time
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request
@@ -16,10 +16,9 @@ from corollary.web.asked import LONGEST, filters_of
 from corollary.web.board import standing
 from corollary.web.guard import client
 from corollary.web.pages.render import paper_address
+from corollary.web.periods import MONTH, WEEK, month_of, week_of
 from corollary.web.search import nearest_implemented, search, similar
-from corollary.web.store import Page, PaperView, days, get_paper, nearest_day, papers_between, trending
-from corollary.web.store import papers_of_month as of_month
-from corollary.web.store import papers_of_week as of_week
+from corollary.web.store import Page, PaperView, current_day, days, get_paper, papers_between, trending
 
 router = APIRouter(prefix="/api", tags=["papers"], dependencies=[Depends(reading)], responses=ERRORS)
 _LAST_PAGE = 100
@@ -97,8 +96,8 @@ def _at_page(fetch: Any, number: int) -> Sequence[PaperView]:
 def daily_papers(
     request: Request,
     date: Annotated[date | None, Query(description="a day; without any of the three the newest that has papers")] = None,
-    week: Annotated[str | None, Query(pattern=r"^\d{4}-W\d{2}$", description="an ISO week, as 2024-W40")] = None,
-    month: Annotated[str | None, Query(pattern=r"^\d{4}-\d{2}$", description="as 2024-10")] = None,
+    week: Annotated[str | None, Query(pattern=WEEK, description="an ISO week, as 2024-W40")] = None,
+    month: Annotated[str | None, Query(pattern=MONTH, description="as 2024-10")] = None,
     limit: Limit = 50,
     p: Annotated[int, Query(ge=0, le=_LAST_PAGE, description="number of the page, from 0")] = 0,
     sort: Annotated[Literal["publishedAt", "trending"], Query(description="trending leaves the dates out")] = "publishedAt",
@@ -118,20 +117,17 @@ def daily_papers(
         return shown([paper for paper, _ in found], [score for _, score in found])
     try:
         if week is not None:
-            year, number = int(week[:4]), int(week[6:])
-            papers = _at_page(lambda after: of_week(store, year, number, after=after, size=limit), p)
+            span = week_of(week)
         elif month is not None:
-            year, number = int(month[:4]), int(month[5:])
-            papers = _at_page(lambda after: of_month(store, year, number, after=after, size=limit), p)
+            span = month_of(month)
         else:
-            day = (
-                date
-                or nearest_day(store, datetime.now(UTC).date() + timedelta(days=1), "before")
-                or nearest_day(store, datetime.now(UTC).date())
-            )
-            papers = [] if day is None else _at_page(lambda after: papers_between(store, day, day, after=after, size=limit), p)
-    except (ValueError, OverflowError) as error:
-        raise HTTPException(404, f"there is no {'week' if week else 'month'} '{week or month}'") from error
+            day = date or current_day(store)
+            if day is None:
+                return []
+            span = (day, day)
+    except ValueError as error:
+        raise HTTPException(404, str(error)) from error
+    papers = _at_page(lambda after: papers_between(store, *span, after=after, size=limit), p)
     return shown(papers, [None] * len(papers))
 
 

@@ -18,12 +18,13 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from corollary.web.asked import filters_of
-from corollary.web.board import Verdicts, standing
+from corollary.web.board import Verdicts, change_words, standing
 from corollary.web.digest.outbox import put
 from corollary.web.digest.subscriptions import about, forget_unconfirmed
 from corollary.web.guard import Sessions
 from corollary.web.pages.cards import nearest_methods
 from corollary.web.pages.render import environment, long_day, paper_address, short_day
+from corollary.web.periods import week_name
 from corollary.web.search import rank_for, search
 from corollary.web.search.types import Filters
 from corollary.web.settings import Settings
@@ -68,7 +69,7 @@ class Change:
     @property
     def words(self) -> str:
         """What happened."""
-        return f"{self.new}, was {self.old}" if self.old else f"{self.new}, measured for the first time"
+        return change_words(self.old, self.new)
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,7 @@ def period_of(frequency: str, day: date) -> str:
         >>> period_of("weekly", date(2024, 10, 2))
         '2024-W40'
     """
-    year, week, _ = day.isocalendar()
-    return day.isoformat() if frequency == "daily" else f"{year}-W{week:02d}"
+    return day.isoformat() if frequency == "daily" else week_name(day)
 
 
 def _since(row: Subscription, today: date) -> date:

@@ -17,7 +17,6 @@ their mails are sent again in the same way.
 from __future__ import annotations
 
 import logging
-import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from typing import Any, cast
 from sqlalchemy import CursorResult, func, select, text, update
 from sqlalchemy.orm import Session
 
+from corollary.web.background import Background
 from corollary.web.digest.mailer import Gone, Mailer, Refused
 from corollary.web.store import Delivery, Store, now
 
@@ -155,39 +155,21 @@ def _send(store: Store, mailer: Mailer, server: Any, number: int, done: Sent) ->
     return True
 
 
-class OutboxRunner:
+class OutboxRunner(Background):
     """A thread that sends what is put into the outbox."""
 
     def __init__(self, store: Store, mailer: Mailer) -> None:
-        self.store, self.mailer = store, mailer
-        self._stop, self._wake = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._work, name="corollary-mail", daemon=True)
+        super().__init__("corollary-mail", _LOOK_EVERY, 10)
+        self.store, self.mailer, self._told = store, mailer, ""
 
-    def start(self) -> None:
-        """Begin to work."""
-        self._thread.start()
-
-    def wake(self) -> None:
-        """Look into the outbox now."""
-        self._wake.set()
-
-    def stop(self) -> None:
-        """End when the mail at hand is sent."""
-        self._stop.set()
-        self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=10)
-
-    def _work(self) -> None:
-        told = ""
-        while not self._stop.is_set():
-            self._wake.clear()
-            trouble = ""
-            try:
-                trouble = flush(self.store, self.mailer).error
-            except Exception as error:  # noqa: BLE001 - the store may be away for a moment; the outbox waits
-                trouble = type(error).__name__
-            if trouble and trouble != told:
-                _LOG.warning("mail waits: %s", trouble)
-            told = trouble
-            self._wake.wait(_LOOK_EVERY)
+    def work(self) -> bool:
+        """Send what is due."""
+        trouble = ""
+        try:
+            trouble = flush(self.store, self.mailer).error
+        except Exception as error:  # noqa: BLE001 - the store may be away for a moment; the outbox waits
+            trouble = type(error).__name__
+        if trouble and trouble != self._told:
+            _LOG.warning("mail waits: %s", trouble)
+        self._told = trouble
+        return False

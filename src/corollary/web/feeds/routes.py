@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, date, datetime, time, timedelta
 from enum import StrEnum
 from typing import Annotated
@@ -18,22 +17,20 @@ from starlette.responses import Response
 
 from corollary.web.api.asking import reading
 from corollary.web.asked import LONGEST, filters_of
-from corollary.web.board import standing
+from corollary.web.board import change_words, standing
 from corollary.web.feeds.write import KINDS, Entry, Feed, atom, json_feed, rss
 from corollary.web.guard import client
 from corollary.web.pages.render import paper_address
+from corollary.web.periods import month_of, week_of
 from corollary.web.search import search
 from corollary.web.store import (
-    Page,
     PaperView,
     ReadingItem,
-    VerdictChange,
-    nearest_day,
+    current_day,
+    papers_between,
     papers_by_id,
     papers_of_day,
-    papers_of_month,
     papers_of_slugs,
-    papers_of_week,
     trending,
     verdict_changes_since,
 )
@@ -94,8 +91,8 @@ def _list(request: Request, kind: Kind, title: str, page: str, papers: Sequence[
 @router.get("/papers.{kind}")
 def newest(request: Request, kind: Kind) -> Response:
     """The newest day that has papers."""
-    store, today = request.app.state.store, datetime.now(UTC).date()
-    day = nearest_day(store, today + timedelta(days=1), "before") or nearest_day(store, today)
+    store = request.app.state.store
+    day = current_day(store)
     papers = papers_of_day(store, day, size=_SIZE).papers if day else []
     return _list(request, kind, "Corollary: papers", "/", papers)
 
@@ -108,37 +105,26 @@ def one_day(request: Request, day: date, kind: Kind) -> Response:
     )
 
 
-def _period(pattern: str, text: str) -> tuple[int, int]:
-    match = re.fullmatch(pattern, text, re.ASCII)
-    if match is None:
-        raise HTTPException(404, "weeks are written as 2024-W40 and months as 2024-10")
-    return int(match[1]), int(match[2])
-
-
-def _whole(page: Page | None) -> list[PaperView]:
-    return page.papers if page else []
+def _period(
+    request: Request, kind: Kind, title: str, page: str, named: Callable[[str], tuple[date, date]], text: str
+) -> Response:
+    try:
+        span = named(text)
+    except ValueError as error:
+        raise HTTPException(404, str(error)) from error
+    return _list(request, kind, title, page, papers_between(request.app.state.store, *span, size=_SIZE).papers)
 
 
 @router.get("/week/{week}.{kind}")
 def one_week(request: Request, week: str, kind: Kind) -> Response:
     """One ISO week, as 2024-W40."""
-    year, number = _period(r"(\d{4})-W(\d{2})", week)
-    try:
-        page = papers_of_week(request.app.state.store, year, number, size=_SIZE)
-    except (ValueError, OverflowError) as error:
-        raise HTTPException(404, "there is no such week") from error
-    return _list(request, kind, f"Corollary: week {week}", f"/week/{week}", _whole(page))
+    return _period(request, kind, f"Corollary: week {week}", f"/week/{week}", week_of, week)
 
 
 @router.get("/month/{month}.{kind}")
 def one_month(request: Request, month: str, kind: Kind) -> Response:
     """One month, as 2024-10."""
-    year, number = _period(r"(\d{4})-(\d{2})", month)
-    try:
-        page = papers_of_month(request.app.state.store, year, number, size=_SIZE)
-    except (ValueError, OverflowError) as error:
-        raise HTTPException(404, "there is no such month") from error
-    return _list(request, kind, f"Corollary: {month}", f"/month/{month}", _whole(page))
+    return _period(request, kind, f"Corollary: {month}", f"/month/{month}", month_of, month)
 
 
 @router.get("/trending.{kind}")
@@ -172,11 +158,6 @@ def found_papers(
     return _list(request, kind, f"Corollary: search for {q[:100]}", page, [hit.paper for hit in hits])
 
 
-def change_words(change: VerdictChange) -> str:
-    """A change of a verdict in words."""
-    return f"{change.new}, was {change.old}" if change.old else f"{change.new}, measured for the first time"
-
-
 @router.get("/verdicts.{kind}")
 def verdicts(request: Request, kind: Kind) -> Response:
     """Verdicts that came or changed in the last 90 days, newest first."""
@@ -187,7 +168,7 @@ def verdicts(request: Request, kind: Kind) -> Response:
     for change in changes:
         paper = known.get(change.slug)
         place = paper_address(paper) if paper else f"/papers/{change.slug}"
-        title = f"{paper.title if paper else change.slug}: {change_words(change)}"
+        title = f"{paper.title if paper else change.slug}: {change_words(change.old, change.new)}"
         text = str(change.row.get("statement") or change.claim)
         entries.append(
             Entry(

@@ -18,6 +18,7 @@ from typing import Any, cast
 from sqlalchemy import CursorResult, select, update
 
 from corollary.report.numbers import interval
+from corollary.web.background import Background
 from corollary.web.jobs.queue import KIND
 from corollary.web.settings import Settings
 from corollary.web.store import Job, Store, now
@@ -29,8 +30,8 @@ _LOG = 20_000  # letters kept of a log
 _PATIENCE = 10.0  # seconds that a cancelled run has to end by itself
 
 
-class JobRunner:
-    """A thread that takes runs from the queue.
+class JobRunner(Background):
+    """A thread that takes runs from the queue. Stopped, it puts one that is not done back, with its finished trials kept.
 
     Args:
         store: where the queue is.
@@ -41,38 +42,15 @@ class JobRunner:
     def __init__(self, store: Store, settings: Settings, changed: Callable[[], None] = lambda: None) -> None:
         self.store, self.settings, self._changed = store, settings, changed
         self.name = f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
-        self._stop = threading.Event()
-        self._wake = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="corollary-jobs", daemon=True)
+        super().__init__("corollary-jobs", _LOOK_EVERY, _PATIENCE + 5)
 
-    def start(self) -> None:
-        """Begin to work."""
-        self._thread.start()
-
-    def wake(self) -> None:
-        """Look at the queue now."""
-        self._wake.set()
-
-    def stop(self) -> None:
-        """End; a run that is not done goes back into the queue, with its finished trials kept."""
-        self._stop.set()
-        self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=_PATIENCE + 5)
-
-    def _work(self) -> None:
-        while not self._stop.is_set():
-            self._wake.clear()
-            job = self._take()
-            if job is None:
-                self._wake.wait(_LOOK_EVERY)
-            else:
-                _Run(self, *job).go()
-                self._changed()
-
-    def stopping(self) -> bool:
-        """Whether the server is about to end."""
-        return self._stop.is_set()
+    def work(self) -> bool:
+        """Work off one run."""
+        job = self._take()
+        if job is not None:
+            _Run(self, *job).go()
+            self._changed()
+        return job is not None
 
     def _take(self) -> tuple[int, dict[str, Any]] | None:
         """The oldest run that waits, now ours. Runs whose worker has died are put back first."""

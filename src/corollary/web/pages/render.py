@@ -21,6 +21,7 @@ from corollary.report.plots import effect_plot, raw_plot, trial_figure
 from corollary.web.board import STRENGTHS, standing, strength
 from corollary.web.guard import who
 from corollary.web.guard.middleware import KEEP
+from corollary.web.periods import week_name
 from corollary.web.store import PaperView
 
 
@@ -57,11 +58,6 @@ def short_day(day: date) -> str:
         '2 Oct 2024'
     """
     return f"{day.day} {day:%b} {day.year}"
-
-
-def _week(day: date) -> str:
-    year, week, _ = day.isocalendar()
-    return f"{year}-W{week:02d}"
 
 
 def _ago(moment: datetime) -> str:
@@ -137,7 +133,7 @@ def environment() -> Environment:
         strengths=STRENGTHS,
         long_day=long_day,
         short_day=short_day,
-        week_of=_week,
+        week_of=week_name,
         ago=_ago,
         host=_host,
         query=_query,

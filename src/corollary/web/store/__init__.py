@@ -19,8 +19,8 @@ Tables (`corollary.web.store.schema`): `Paper`, `Reader`, `Vote`, `Note`, `Readi
 importers alone, and votes through `vote`, because a paper counts them. Times are aware and UTC; `now` gives them.
 
 Reading papers gives `PaperView`, frozen and free of any session: `get_paper` (key, arXiv id in any spelling, or slug),
-`papers_by_id`, `papers_of_slugs`, `papers_of_day`, `papers_of_week`, `papers_of_month`, `papers_between` (each a `Page` of papers
-and the cursor ``next``), `nearest_day` (``either``, ``before``, ``after``), `newest_day`, `days` (counts for a calendar),
+`papers_by_id`, `papers_of_slugs`, `papers_of_day`, `papers_between` (each a `Page` of papers
+and the cursor ``next``), `nearest_day` (``either``, ``before``, ``after``), `current_day`, `newest_day`, `days` (counts for a calendar),
 `trending` (with `TRENDING_FORMULA` to show beside it), `papers_added_since`, `count_papers`, `vote`, `voted`.
 
 ``PaperView.text`` is the abstract, or our summary where no abstract was imported; ``PaperView.slug`` names the record in
@@ -42,6 +42,7 @@ from corollary.web.store.papers import (
     PaperView,
     arxiv_id,
     count_papers,
+    current_day,
     days,
     get_paper,
     nearest_day,
@@ -50,9 +51,7 @@ from corollary.web.store.papers import (
     papers_between,
     papers_by_id,
     papers_of_day,
-    papers_of_month,
     papers_of_slugs,
-    papers_of_week,
     trending,
     views,
     vote,
@@ -85,8 +84,8 @@ from corollary.web.store.verdicts import record_verdicts, verdict_changes_since
 __all__ = [
     "Store", "StoreUnavailable", "data_dir", "default_url", "open_store",
     "PAGE", "TRENDING_DAYS", "TRENDING_FORMULA", "Page", "PaperView", "arxiv_id", "count_papers", "days", "get_paper",
-    "nearest_day", "newest_day", "papers_added_since", "papers_between", "papers_by_id", "papers_of_day", "papers_of_month",
-    "papers_of_slugs", "papers_of_week", "trending", "views", "vote", "voted", "record_verdicts", "verdict_changes_since",
+    "nearest_day", "newest_day", "papers_added_since", "papers_between", "papers_by_id", "papers_of_day",
+    "papers_of_slugs", "current_day", "trending", "views", "vote", "voted", "record_verdicts", "verdict_changes_since",
     "Base", "Delivery", "FetchState", "ImportRun", "Job", "Meta", "Note", "Paper", "Pending", "Reader", "ReadingItem",
     "RejectedItem", "SavedSearch", "Subscription", "Term", "Vector", "VerdictChange", "VerdictState", "Vote", "now",
 ]  # fmt: skip

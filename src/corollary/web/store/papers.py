@@ -199,19 +199,6 @@ def papers_of_day(store: Store, day: date, *, after: str | None = None, size: in
     return papers_between(store, day, day, after=after, size=size)
 
 
-def papers_of_week(store: Store, year: int, week: int, *, after: str | None = None, size: int = PAGE) -> Page:
-    """The papers of one ISO week; ValueError for a week that the year does not have."""
-    monday = date.fromisocalendar(year, week, 1)
-    return papers_between(store, monday, monday + timedelta(days=6), after=after, size=size)
-
-
-def papers_of_month(store: Store, year: int, month: int, *, after: str | None = None, size: int = PAGE) -> Page:
-    """The papers of one month; ValueError for a month that there is none of."""
-    first = date(year, month, 1)
-    last = date(year + month // 12, month % 12 + 1, 1) - timedelta(days=1) if (year, month) < (9999, 12) else date.max
-    return papers_between(store, first, last, after=after, size=size)
-
-
 def nearest_day(store: Store, day: date, direction: Literal["either", "before", "after"] = "either") -> date | None:
     """The day with papers that is nearest: ``day`` itself for ``either`` if it has any, strictly before or after it otherwise.
 
@@ -228,6 +215,12 @@ def nearest_day(store: Store, day: date, direction: Literal["either", "before", 
     if before is None or after is None:
         return before or after
     return before if day - before <= after - day else after
+
+
+def current_day(store: Store) -> date | None:
+    """The newest day with papers up to today, or the first one after it; None for an empty store."""
+    today = datetime.now(UTC).date()
+    return nearest_day(store, today + timedelta(days=1), "before") or nearest_day(store, today)
 
 
 def newest_day(store: Store) -> date | None:
@@ -313,6 +306,6 @@ def voted(store: Store, reader_id: int, paper_ids: Sequence[int]) -> set[int]:
 
 __all__ = [
     "PAGE", "TRENDING_DAYS", "TRENDING_FORMULA", "Page", "PaperView", "arxiv_id", "count_papers", "days", "get_paper",
-    "nearest_day", "newest_day", "papers_added_since", "papers_between", "papers_by_id", "papers_of_day", "papers_of_month",
-    "papers_of_slugs", "papers_of_week", "trending", "views", "vote", "voted",
+    "current_day", "nearest_day", "newest_day", "papers_added_since", "papers_between", "papers_by_id", "papers_of_day",
+    "papers_of_slugs", "trending", "views", "vote", "voted",
 ]  # fmt: skip
