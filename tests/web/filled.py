@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import uvicorn
 from starlette.testclient import TestClient
 
 from corollary.web.app import create_app
@@ -35,6 +38,25 @@ def filled(folder: Path) -> Store:
     """A store of one's own with the first issue and its vectors, copied from one that is made once."""
     shutil.copytree(_first(), folder, dirs_exist_ok=True)
     return open_store(f"sqlite:///{folder / 'daily.sqlite'}")
+
+
+@contextmanager
+def serving(store: Store, *, settings: Settings | None = None, mail: Any = None, threads: bool = True) -> Iterator[Any]:
+    """The app on a port of its own, for a browser; without ``threads`` nothing works in the background."""
+    app = create_app(store, settings or Settings(jobs=False), mail=mail)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="on" if threads else "off"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    until = time.monotonic() + 20
+    while not server.started and time.monotonic() < until:
+        time.sleep(0.02)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    object.__setattr__(app.state.settings, "address", f"http://127.0.0.1:{port}")
+    try:
+        yield app
+    finally:
+        server.should_exit = True
+        thread.join(timeout=30)
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def test_lists_and_their_limits(get):
     assert scores == sorted(scores, reverse=True)
     assert get("/api/daily_papers?date=1999-01-01") == []
     for path in ("?week=2024-W60", "?month=2024-13", "?month=0000-01"):
-        assert "there is no" in get(f"/api/daily_papers{path}", 404)["error"]
+        assert " is no " in get(f"/api/daily_papers{path}", 404)["error"]
     for path in ("?date=yesterday", "?limit=0", "?limit=101", "?p=-1", "?sort=x", "?week=24"):
         assert get(f"/api/daily_papers{path}", 422)["details"]
     assert get("/api/papers/9999.99999", 404)["error"] == "there is no paper of this name"

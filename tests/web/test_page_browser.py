@@ -3,44 +3,21 @@
 from __future__ import annotations
 
 import re
-import threading
 import time
-from contextlib import contextmanager
 
 import pytest
-import uvicorn
-from tests.web.filled import filled
+from tests.web.filled import filled, serving
 from tests.web.mailbox import link, mailbox
 from tests.web.test_subscribe_browser import _wrong
 
-from corollary.web.app import create_app
 from corollary.web.settings import Settings
 from corollary.web.store import get_paper, vote
 
 
-@contextmanager
-def serving(store, *, mail=None, runs=None):
-    """The page with its threads: runs are worked off and mails are sent."""
-    settings = Settings(jobs=runs is not None, **({} if runs is None else {"runs": runs}))
-    app = create_app(store, settings, mail=mail)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    until = time.monotonic() + 20
-    while not server.started and time.monotonic() < until:
-        time.sleep(0.02)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    object.__setattr__(settings, "address", f"http://127.0.0.1:{port}")
-    try:
-        yield settings.address
-    finally:
-        server.should_exit = True
-        thread.join(timeout=30)
-
-
 def test_a_walk_from_today_to_a_digest_and_out_of_it(tmp_path, browser):
     store = filled(tmp_path / "full")
-    with mailbox() as box, serving(store, mail=box.mailer, runs=tmp_path / "runs") as home:
+    with mailbox() as box, serving(store, settings=Settings(runs=tmp_path / "runs"), mail=box.mailer) as app:
+        home = app.state.settings.address
         page = browser.new_page()
         trouble = []
         page.on("pageerror", lambda error: trouble.append(str(error)))
@@ -92,7 +69,8 @@ PAGES = ("/", "/day/2024-10-02", "/week/2024-W40", "/month/2024-10", "/trending"
 
 def test_axe_finds_nothing_and_nothing_sticks_out(tmp_path, browser):
     store = filled(tmp_path / "full")
-    with mailbox() as box, serving(store, mail=box.mailer) as home:
+    with mailbox() as box, serving(store, mail=box.mailer) as app:
+        home = app.state.settings.address
         vote(store, 1, get_paper(store, "fira").id)
         page = browser.new_page()
         wrong = []
@@ -108,7 +86,8 @@ def test_axe_finds_nothing_and_nothing_sticks_out(tmp_path, browser):
 def test_by_keys_alone(tmp_path, browser, scripts):
     """The first Tab leads past the navigation; a form can be filled and sent, with scripts and without."""
     store = filled(tmp_path / "full")
-    with serving(store) as home:
+    with serving(store) as app:
+        home = app.state.settings.address
         context = browser.new_context(java_script_enabled=scripts)
         page = context.new_page()
         page.goto(f"{home}/day/2024-10-02")

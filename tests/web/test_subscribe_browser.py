@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from pathlib import Path
 
 import pytest
-import uvicorn
-from tests.web.filled import filled
+from tests.web.filled import filled, serving
 from tests.web.mailbox import link, mailbox
 from tests.web.test_digest_killed import confirmed
 
-from corollary.web.app import create_app
 from corollary.web.digest import flush, queue_digests
-from corollary.web.settings import Settings
 
 AXE = (Path(__file__).parent / "assets" / "axe.min.js").read_text()
 
@@ -23,19 +18,8 @@ AXE = (Path(__file__).parent / "assets" / "axe.min.js").read_text()
 def served(tmp_path):
     """A page on a port of its own, with mail."""
     store = filled(tmp_path / "full")
-    with mailbox() as box:
-        server = uvicorn.Server(uvicorn.Config("x:y", port=0, log_level="error", lifespan="off"))
-        server.config.app = app = create_app(store, Settings(jobs=False), mail=box.mailer)
-        thread = threading.Thread(target=server.run, daemon=True)
-        thread.start()
-        until = time.monotonic() + 20
-        while not server.started and time.monotonic() < until:
-            time.sleep(0.02)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        object.__setattr__(app.state.settings, "address", f"http://127.0.0.1:{port}")
+    with mailbox() as box, serving(store, mail=box.mailer, threads=False) as app:
         yield app, store, box
-        server.should_exit = True
-        thread.join(timeout=10)
     store.close()
 
 

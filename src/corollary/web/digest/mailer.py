@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import smtplib
 import ssl
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from email import policy
 from email.headerregistry import Address
 from email.message import EmailMessage
+from email.utils import formatdate
 from urllib.parse import unquote, urlsplit
 
 from corollary.web.settings import LOOPBACK
@@ -124,6 +126,25 @@ def person(address: str) -> tuple[str, str]:
     """
     local, _, domain = address.lower().rpartition("@")
     return local.partition("+")[0], domain
+
+
+def letter(sender: Address, address: str, subject: str, kind: str) -> EmailMessage:
+    """A mail that a program writes, with its headers and an id of its own; the text is still to be set.
+
+    Args:
+        sender: whom it is from.
+        address: one plain address, as `check_address` gives it.
+        subject: one line.
+        kind: what the id begins with.
+    """
+    message = EmailMessage()
+    message["From"] = sender
+    message["To"] = Address(addr_spec=address)
+    message["Subject"] = subject
+    message["Date"] = formatdate()
+    message["Message-ID"] = f"<{kind}.{secrets.token_hex(12)}@{sender.domain}>"
+    message["Auto-Submitted"] = "auto-generated"
+    return message
 
 
 class Mailer:

@@ -15,13 +15,12 @@ from collections.abc import Iterable
 from datetime import timedelta
 from email.headerregistry import Address
 from email.message import EmailMessage
-from email.utils import format_datetime
 from typing import Any
 
 from sqlalchemy import delete, func, or_, select
 from sqlalchemy.orm import Session
 
-from corollary.web.digest.mailer import check_address, person
+from corollary.web.digest.mailer import check_address, letter, person
 from corollary.web.digest.outbox import put
 from corollary.web.guard import Sessions
 from corollary.web.search import search
@@ -125,13 +124,13 @@ def subscribe(
         )  # fmt: skip
         session.add(row)
         session.flush()
-        message, name = _confirmation(settings, sender, row, token)
+        message = _confirmation(settings, sender, row, token)
         return put(
             session,
             message,
             address,
             kind="confirm",
-            dedupe=f"confirm:{name}",
+            dedupe=str(message["Message-ID"]),
             message_id=str(message["Message-ID"]),
             subscription=row.id,
         )
@@ -142,23 +141,16 @@ def plain_value(value: dict[str, Any]) -> dict[str, Any]:
     return {name: v for name, v in value.items() if name not in ("after", "changes_after")}
 
 
-def _confirmation(settings: Settings, sender: Address, row: Subscription, token: str) -> tuple[EmailMessage, str]:
+def _confirmation(settings: Settings, sender: Address, row: Subscription, token: str) -> EmailMessage:
     """The mail that asks. Nothing stands in it that whoever asked has written: it may be sent to a stranger."""
-    name = secrets.token_hex(12)
-    message = EmailMessage()
-    message["From"] = sender
-    message["To"] = Address(addr_spec=row.address)
-    message["Subject"] = f"Confirm your {row.frequency} digest"
-    message["Date"] = format_datetime(now())
-    message["Message-ID"] = f"<confirm.{name}@{sender.domain}>"
-    message["Auto-Submitted"] = "auto-generated"
+    message = letter(sender, row.address, f"Confirm your {row.frequency} digest", "confirm")
     message.set_content(
         f"Someone, probably you, asked for a {row.frequency} digest of new papers to this\naddress.\n\n"
         f"To get it, open this page and press its button, within three days:\n\n{settings.address}/subscribe/confirm/{token}\n\n"
         "If it was not you, do nothing: no digest comes, and the request is forgotten.\n",
         cte="7bit",
     )
-    return message, name
+    return message
 
 
 def _out(session: Session, row: Subscription | None) -> Subscription | None:

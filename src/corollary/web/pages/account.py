@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-from email.message import EmailMessage
-from email.utils import formatdate
 from urllib.parse import quote
 
 from fastapi import APIRouter, Request
@@ -13,6 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse, Response
 
+from corollary.web.digest.mailer import check_address, letter
 from corollary.web.digest.outbox import put
 from corollary.web.guard import checked_form, client, who
 from corollary.web.pages.render import local, respond
@@ -46,13 +44,7 @@ def _mail_link(request: Request, address: str) -> None:
     found = _find(request, address)
     if found is None:
         return
-    name = secrets.token_hex(12)
-    message = EmailMessage()
-    message["From"] = app.mail.sender
-    message["To"] = address
-    message["Message-ID"] = f"<sign-in.{name}@{app.mail.sender.domain}>"
-    message["Subject"] = "Your link to sign in to Corollary"
-    message["Date"] = formatdate()
+    message = letter(app.mail.sender, address, "Your link to sign in to Corollary", "sign-in")
     message.set_content(
         f"Hello {found[1]},\n\nthis link signs you in, once, within a week:\n\n{app.sessions.link(found[0])}\n\n"
         "If you did not ask for it, leave it: nobody is signed in without it.\n"
@@ -63,7 +55,7 @@ def _mail_link(request: Request, address: str) -> None:
             message,
             address,
             kind="sign-in",
-            dedupe=f"sign-in:{name}",
+            dedupe=str(message["Message-ID"]),
             message_id=str(message["Message-ID"]),
             subscription=None,
         )
@@ -80,7 +72,9 @@ async def ask_for_link(request: Request) -> Response:
     next = local(str(form.get("next") or "/"))
     if app.mail is None:
         raise HTTPException(404, "no mail is set up here; ask whoever keeps this server for a link")
-    if not 3 <= len(address) <= 320 or "@" not in address or not address.isprintable() or " " in address:
+    try:
+        check_address(address)
+    except ValueError:
         return respond(request, "sign_in.html", status=400, next=next, sent=False, error="That is no mail address.")
     app.limits.take("sign-in", client(request))
     app.limits.take("sign-in", address)
