@@ -133,8 +133,8 @@ def compress_checkpoint(
 ) -> CompressionReport:
     """Write a compressed copy of a checkpoint, matrix by matrix, without building the model.
 
-    Peak memory is that of a few float64 copies of the largest matrix (and of its moments), whatever the checkpoint's size. The input
-    is only read. Work that was interrupted is gone on with by the same call: spectra and tensors that are whole are not made again.
+    Peak memory is that of three to seven float64 copies of the largest matrix, by the method, or of its inputs' moment where that is larger,
+    whatever the checkpoint's size. The input is only read. Work that was interrupted is gone on with by the same call: spectra and tensors that are whole are not made again.
 
     Args:
         path: a ``.safetensors`` file, a shard index, or a folder with either.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from scipy.linalg import eigh
 from torch import Tensor
 
 
@@ -107,8 +108,9 @@ def weighted_low_rank(
     work = matrix.detach().to(torch.float64)
     lower: Tensor | None = None
     if outputs is not None:
-        metric = _moment("outputs", outputs, m, damping)
-        lower = _root(metric)
+        metric, extra = _moment("outputs", outputs, m, damping)
+        lower = _root(_damped(metric, extra))
+        del metric
         work = _apply_root(lower, work)
     # The eigenproblem is taken on the shorter side; an orthonormal basis of the columns loses nothing.
     turned: Tensor | None = None
@@ -116,21 +118,28 @@ def weighted_low_rank(
         turned, work = torch.linalg.qr(work)
     weighted = work
     if inputs is not None:
-        moment = _moment("inputs", inputs, n, damping)
+        moment, extra = _moment("inputs", inputs, n, damping)
         weighted = work * moment if moment.ndim == 1 else work @ moment
+        if extra:
+            weighted = weighted.add_(
+                work, alpha=extra
+            )  # a wide layer's moment is larger than its matrix: no second one is made
+        del moment
     gram = weighted @ work.T
+    del weighted  # what is not needed any more makes room
     if mean is not None:
         if mean.shape != (n,) or not mean.is_floating_point():
             raise ValueError(f"'mean' must be floating of shape ({n},), not {mean.dtype} of {tuple(mean.shape)}")
         centre = work @ mean.detach().to(work)
-        gram = gram - torch.outer(centre, centre)
-    del work, weighted  # what is not needed any more makes room: the decomposition takes three matrices of its own
-    values, vectors = torch.linalg.eigh(gram)  # reads one triangle alone, so rounding's asymmetry does not count
+        gram.addr_(centre, centre, alpha=-1)
+    del work
+    values, vectors = _eigh(gram)
     del gram
     energy, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     if turned is not None:
         vectors = turned @ vectors
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    high, low = vectors.amax(0), vectors.amin(0)
+    largest = torch.where(high >= -low, high, low)
     vectors.mul_(torch.where(largest < 0, -1.0, 1.0).to(vectors))  # a decomposition leaves the sign open
     if lower is None:
         return LowRankSolution(energy, matrix.detach(), vectors, vectors)
@@ -138,6 +147,20 @@ def weighted_low_rank(
         return LowRankSolution(energy, matrix.detach(), vectors / lower[:, None], vectors * lower[:, None])
     basis = torch.linalg.solve_triangular(lower.T, vectors, upper=True)
     return LowRankSolution(energy, matrix.detach(), basis, lower @ vectors)
+
+
+def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, rising, and eigenvectors of a symmetric matrix, which is overwritten; reads one triangle alone.
+
+    torch's own solver divides and conquers, in two matrices of workspace beside the eigenvectors and a copy of what it is given. MRRR, as
+    scipy has it, takes as long and no workspace that counts.
+    """
+    if gram.device.type != "cpu":
+        found: tuple[Tensor, Tensor] = torch.linalg.eigh(gram)
+        return found
+    # The transpose is a view in the order of columns, which LAPACK can overwrite.
+    values, vectors = eigh(gram.numpy().T, driver="evr", overwrite_a=True, check_finite=False)
+    return torch.from_numpy(values), torch.from_numpy(vectors)
 
 
 def _root(metric: Tensor) -> Tensor:
@@ -157,8 +180,19 @@ def _apply_root(lower: Tensor, matrix: Tensor) -> Tensor:
     return lower[:, None] * matrix if lower.ndim == 1 else lower.T @ matrix
 
 
-def _moment(name: str, moment: Tensor, size: int, damping: float) -> Tensor:
-    """A second moment in float64 with its damping, checked."""
+def _damped(moment: Tensor, extra: float) -> Tensor:
+    """The moment with something added to its diagonal."""
+    if not extra:
+        return moment
+    if moment.ndim == 1:
+        return moment + extra
+    more = moment.clone()
+    more.diagonal().add_(extra)
+    return more
+
+
+def _moment(name: str, moment: Tensor, size: int, damping: float) -> tuple[Tensor, float]:
+    """A second moment in float64, checked, and what damping adds to its diagonal."""
     if not isinstance(moment, Tensor) or not moment.is_floating_point():
         raise TypeError(
             f"'{name}' must be a floating tensor, not {moment.dtype if isinstance(moment, Tensor) else type(moment).__name__}"
@@ -166,15 +200,18 @@ def _moment(name: str, moment: Tensor, size: int, damping: float) -> Tensor:
     if moment.shape not in ((size,), (size, size)):
         raise ValueError(f"'{name}' must have shape ({size}, {size}) or ({size},), not {tuple(moment.shape)}")
     wide = moment.detach().to(torch.float64)
-    if not bool(wide.isfinite().all()):
+    if not _finite(wide):
         raise ValueError(f"'{name}' must be finite; it holds NaN or infinity")
     diagonal = wide if wide.ndim == 1 else wide.diagonal()
     if bool((diagonal < 0).any()):
         raise ValueError(f"'{name}' is no second moment: its diagonal holds {float(diagonal.min()):.3g}")
-    if damping:
-        extra = damping * diagonal.mean()
-        wide = wide + (extra if wide.ndim == 1 else extra * torch.eye(size, dtype=wide.dtype, device=wide.device))
-    return wide
+    return wide, damping * float(diagonal.mean())
+
+
+def _finite(x: Tensor) -> bool:
+    """Whether no entry is NaN or infinite, without a second tensor of that size."""
+    low, high = torch.aminmax(x.detach())
+    return bool(low.isfinite() & high.isfinite())
 
 
 def _check_matrix(matrix: Tensor) -> tuple[int, int]:
@@ -184,6 +221,6 @@ def _check_matrix(matrix: Tensor) -> tuple[int, int]:
         )
     if matrix.ndim != 2 or not matrix.numel():
         raise ValueError(f"'matrix' must have shape (m, n), m, n >= 1, not {tuple(matrix.shape)}")
-    if not bool(matrix.isfinite().all()):
+    if not _finite(matrix):
         raise ValueError("'matrix' must be finite; it holds NaN or infinity")
     return matrix.shape[0], matrix.shape[1]
