@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from corollary.adapt import PEGO, LoLDU, LoRA, LoRAXS, RandLoRA, SVFit, VeRA
+from corollary.adapt import PEGO, LoLDU, LoRA, LoRAXS, ProgressiveAdjustment, RandLoRA, SaRA, SVFit, VeRA, adapt
 from corollary.claims.environment import commit, machine, packages
 from corollary.papers.adapt import _minilm as task
 from corollary.papers.adapt import snnk, triadaptlora
@@ -31,6 +31,13 @@ def _of(method: task.Method, targets: tuple[str, ...] = task.LINEAR) -> Train:
     return lambda lr, seed: task.fine_tune(method, lr, seed, task.STEPS, targets)
 
 
+def sara(lr: float, seed: int) -> task.Run:
+    """SaRA with its selection made anew half-way."""
+    model = adapt(task.encoder(seed), SaRA(fraction=0.1), task.names())
+    adjustment = ProgressiveAdjustment(model, at=task.STEPS // 2)
+    return task.fit(model, lr, seed, after_step=lambda _: adjustment.step())
+
+
 METHODS: dict[str, tuple[Train, tuple[float, ...]]] = {
     "full fine-tuning": (_of(None), task.RATES["full"]),
     **{f"LoRA, rank {r}": (_of(LoRA(rank=r)), task.RATES["LoRA"]) for r in (1, 2, 6, 16)},
@@ -39,6 +46,7 @@ METHODS: dict[str, tuple[Train, tuple[float, ...]]] = {
     **{f"LoRA-XS, rank {r}": (_of(LoRAXS(rank=r)), task.RATES["LoRAXS"]) for r in (8, 16)},
     "LoRA-SB, rank 16": (_of(lora_sb), (0.005, 0.01, 0.02, 0.04)),
     "PEGO, 2 of rank 3": (_of(PEGO(rank=3, group_size=2)), task.RATES["LoRA"]),
+    "SaRA, a tenth": (sara, (0.001, 0.002, 0.004, 0.008)),
     "bottleneck, rank 48": (_of(snnk.BASELINE, snnk.TARGETS), snnk.RATES["baseline"]),
     "bottleneck, rank 9": (_of(snnk.Bottleneck(rank=9), snnk.TARGETS), snnk.RATES["baseline"]),
     "SNNK, 192 features": (_of(snnk.SNNK, snnk.TARGETS), snnk.RATES["ours"]),
