@@ -32,12 +32,14 @@ from corollary.adapt.orthogonal_lora import OrthogonalLoRA, add_request
 from corollary.adapt.pego import PEGO
 from corollary.adapt.polynomial_attention import polynomial_attention
 from corollary.adapt.randlora import RandLoRA
+from corollary.adapt.relora import ReLoRA
 from corollary.adapt.report import AdapterReport, adapter_report
 from corollary.adapt.sara import ProgressiveAdjustment, SaRA
 from corollary.adapt.site import Site
 from corollary.adapt.snnk import BundledSNNK, SNNKLinear
 from corollary.adapt.snnk_adapter import SNNKAdapter
 from corollary.adapt.soft_loading import SoftLoading
+from corollary.adapt.sst import SparseSpectralTraining, SSTLinear, from_sst, to_sst
 from corollary.adapt.state import adapter_state_dict, load_adapter, load_adapter_state_dict, save_adapter
 from corollary.adapt.svfit import SVFit
 from corollary.adapt.triadaptlora import RankGrowth, TriAdaptLoRA
@@ -74,6 +76,11 @@ __all__ = [
     "RankGrowth",
     "SaRA",
     "ProgressiveAdjustment",
+    "SSTLinear",
+    "to_sst",
+    "from_sst",
+    "SparseSpectralTraining",
+    "ReLoRA",
     "SVFit",
     "LoLDU",
     "LoRASB",
