@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from fastapi import Request
+from starlette.concurrency import run_in_threadpool
 
 from corollary.web.guard import Forbidden, NotSignedIn, client, who
 from corollary.web.guard.sessions import same_site
 
 
-def reading(request: Request) -> None:
+async def reading(request: Request) -> None:
     """Let a request read: anyone on a laptop, and in a lab anyone unless it wants its readers to sign in.
 
     A token that is not ours is passed over where anyone may read: clients of Hugging Face send the one that they have for it.
     """
+    # A thread costs as much as some answers; it is for those who have to be looked up in the store.
+    if request.app.state.settings.lab or "authorization" in request.headers:
+        await run_in_threadpool(_reading, request)
+
+
+def _reading(request: Request) -> None:
     app = request.app.state
     known = _bearer(request)
     if app.settings.lab:

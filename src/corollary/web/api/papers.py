@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, time
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request
+from pydantic import TypeAdapter
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
 from corollary.web.api.asking import reading
 from corollary.web.api.schemas import ERRORS, DailyPaper, Day, Near, Ours, Paper, SearchHit, SearchResults, Standing
@@ -24,6 +27,23 @@ router = APIRouter(prefix="/api", tags=["papers"], dependencies=[Depends(reading
 _LAST_PAGE = 100
 Limit = Annotated[int, Query(ge=1, le=100, description="entries at most")]
 Name = Annotated[str, Path(max_length=600, description="arXiv id in any spelling, key, or slug")]
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def answer(kind: Any, value: Any, *, sparse: bool = False) -> Response:
+    """Models of a kind as JSON, written where they were made: the framework would check them once more, in another thread.
+
+    Args:
+        kind: the type of ``value``, as the route's ``response_model`` says.
+        value: what is answered.
+        sparse: without fields that are None.
+    """
+    text = _adapter(kind).dump_json(value, by_alias=True, exclude_none=sparse)
+    return Response(text, media_type="application/json")
 
 
 def standing_of(view: Any) -> Standing | None:
@@ -92,7 +112,7 @@ def _at_page(fetch: Any, number: int) -> Sequence[PaperView]:
     return page.papers
 
 
-@router.get("/daily_papers", response_model_exclude_none=True)
+@router.get("/daily_papers", response_model=list[DailyPaper])
 def daily_papers(
     request: Request,
     date: Annotated[date | None, Query(description="a day; without any of the three the newest that has papers")] = None,
@@ -104,13 +124,14 @@ def daily_papers(
     submitter: Annotated[
         str | None, Query(max_length=200, description="of the page, only what this account put on the list")
     ] = None,
-) -> list[DailyPaper]:
+) -> Response:
     """The papers of a day, a week or a month, most votes first; or what is trending."""
     store = request.app.state.store
 
-    def shown(papers: Sequence[PaperView], scores: Sequence[float | None]) -> list[DailyPaper]:
+    def shown(papers: Sequence[PaperView], scores: Sequence[float | None]) -> Response:
         entries = [entry_of(request, paper, score) for paper, score in zip(papers, scores, strict=True)]
-        return entries if submitter is None else [e for e in entries if submitter in _accounts(e)]
+        kept = entries if submitter is None else [e for e in entries if submitter in _accounts(e)]
+        return answer(list[DailyPaper], kept, sparse=True)
 
     if sort == "trending":
         found = trending(store, size=min(200, limit * (p + 1)))[limit * p :]
@@ -123,7 +144,7 @@ def daily_papers(
         else:
             day = date or current_day(store)
             if day is None:
-                return []
+                return shown([], [])
             span = (day, day)
     except ValueError as error:
         raise HTTPException(404, str(error)) from error
@@ -137,15 +158,16 @@ def _accounts(entry: DailyPaper) -> set[str]:
     return {str(told[name]) for name in ("user", "name", "fullname") if told.get(name)}
 
 
-@router.get("/papers/search", response_model_exclude_none=True)
+@router.get("/papers/search", response_model=list[DailyPaper])
 def search_papers(
     request: Request,
     q: Annotated[str, Query(max_length=LONGEST, description="words, authors, an arXiv id, a whole abstract")],
     limit: Limit = 20,
-) -> list[DailyPaper]:
+) -> Response:
     """Papers found by words and by meaning, best first."""
     _count(request)
-    return [entry_of(request, hit.paper) for hit in search(request.app.state.store, q, size=limit).hits]
+    hits = search(request.app.state.store, q, size=limit).hits
+    return answer(list[DailyPaper], [entry_of(request, hit.paper) for hit in hits], sparse=True)
 
 
 def _count(request: Request) -> None:
@@ -153,7 +175,7 @@ def _count(request: Request) -> None:
         request.app.state.limits.take("search", client(request))
 
 
-@router.get("/corollary/search", response_model_exclude_none=True)
+@router.get("/corollary/search", response_model=SearchResults)
 def search_with_filters(
     request: Request,
     q: Annotated[str, Query(max_length=LONGEST)],
@@ -167,7 +189,7 @@ def search_with_filters(
     mode: Literal["fusion", "words", "meaning"] = "fusion",
     after: Annotated[str | None, Query(max_length=200, description="the 'next' of the page before")] = None,
     limit: Limit = 20,
-) -> SearchResults:
+) -> Response:
     """Search with filters, paged."""
     _count(request)
     app = request.app.state
@@ -183,7 +205,7 @@ def search_with_filters(
         SearchHit(paper=paper_of(request, hit.paper), score=hit.score, words_rank=hit.words_rank, meaning_rank=hit.meaning_rank)
         for hit in found.hits
     ]
-    return SearchResults(hits=hits, corrected=found.parsed.corrected, next=found.next)
+    return answer(SearchResults, SearchResults(hits=hits, corrected=found.parsed.corrected, next=found.next), sparse=True)
 
 
 @router.get("/corollary/days")
@@ -214,10 +236,10 @@ def _near(request: Request, found: Sequence[tuple[PaperView, float]]) -> list[Ne
     ]
 
 
-@router.get("/corollary/similar/{name:path}")
-def similar_papers(request: Request, name: Name, limit: Annotated[int, Query(ge=1, le=50)] = 10) -> list[Near]:
+@router.get("/corollary/similar/{name:path}", response_model=list[Near])
+def similar_papers(request: Request, name: Name, limit: Annotated[int, Query(ge=1, le=50)] = 10) -> Response:
     """Papers that are like one, most alike first."""
-    return _near(request, similar(request.app.state.store, _one(request, name).id, size=limit))
+    return answer(list[Near], _near(request, similar(request.app.state.store, _one(request, name).id, size=limit)))
 
 
 @router.get("/corollary/nearest/{name:path}")

@@ -136,6 +136,13 @@ def get_paper(store: Store, name: str) -> PaperView | None:
     """The paper of a key, arXiv id (any version or spelling), or slug; None where there is none."""
     found = arxiv_id(name)
     with store.reading() as connection:
+        if store.dialect == "sqlite":  # as in `views`
+            key = found[0] if found else name
+            for column, value in (("key", key), ("slug", name)):
+                raw = connection.exec_driver_sql(f"SELECT {_NAMES} FROM papers WHERE {column} = ?", (value,)).first()
+                if raw is not None:
+                    return _decode(raw)
+            return None
         for condition in (Paper.key == (found[0] if found else name), Paper.slug == name):
             row = connection.execute(select(*_COLUMNS).where(condition)).mappings().first()
             if row is not None:
