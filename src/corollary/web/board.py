@@ -101,6 +101,7 @@ class Verdicts:
         self._sign: tuple[tuple[str, int, int], ...] | None = None
         self._number = 0
         self._board: Board | None = None
+        self._choices: tuple[Board, list[tuple[str, str]]] | None = None
         self._rows: list[Row] = []
 
     def version(self) -> str:
@@ -151,6 +152,14 @@ class Verdicts:
         """The newest row of each claim, as `corollary.claims.store.latest_verdicts` gives them."""
         return self._read()[1]
 
+    @property
+    def choices(self) -> list[tuple[str, str]]:
+        """The verdicts that a filter can name, those that occur; every page with the filter asks."""
+        board = self.board
+        if self._choices is None or self._choices[0] is not board:
+            self._choices = (board, _choices(board))
+        return self._choices[1]
+
     def paper(self, slug: str | None) -> PaperView | None:
         """One record with its verdicts; None where there is none."""
         return next((p for p in self.board.papers if p.paper.slug == slug), None) if slug else None
@@ -188,12 +197,11 @@ def change_words(old: str | None, new: str) -> str:
     return f"{new}, was {old}" if old else f"{new}, measured for the first time"
 
 
-def verdict_choices(board: Board) -> list[tuple[str, str]]:
-    """The verdicts that a filter can name, those that occur."""
+def _choices(board: Board) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = [(s.key, s.label) for s in STATES if board.counts[s.key]]
     found += [("defect", "defect")] * any(c.defect for c in board.claims)
     found += [("stale", "stale")] * any(c.stale for c in board.claims)
     return found
 
 
-__all__ = ["BY_KEY", "STRENGTHS", "Standing", "State", "Strength", "Verdicts", "standing", "strength", "verdict_choices"]
+__all__ = ["BY_KEY", "STRENGTHS", "Standing", "State", "Strength", "Verdicts", "standing", "strength"]

@@ -58,6 +58,11 @@ def reader_marks(store: Store, reader: int | None, ids: Sequence[int]) -> tuple[
     if reader is None or not ids:
         return set(), {}
     with store.reading() as connection:
+        if store.dialect == "sqlite":  # every list asks, and the driver's rows take a third of the time
+            names = f"IN ({', '.join(str(int(i)) for i in ids)}) AND reader_id = ?"
+            own = connection.exec_driver_sql(f"SELECT paper_id FROM votes WHERE paper_id {names}", (reader,)).scalars()
+            kept = connection.exec_driver_sql(f"SELECT paper_id, state FROM reading_items WHERE paper_id {names}", (reader,))
+            return set(own), dict(kept.tuples().all())
         votes = set(connection.scalars(select(Vote.paper_id).where(Vote.reader_id == reader, Vote.paper_id.in_(ids))))
         items = select(ReadingItem.paper_id, ReadingItem.state).where(
             ReadingItem.reader_id == reader, ReadingItem.paper_id.in_(ids)

@@ -6,7 +6,6 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from corollary.report.views import STATES, PaperView
-from corollary.web.board import verdict_choices
 from corollary.web.feeds.links import feed_links
 from corollary.web.pages.render import respond
 from corollary.web.store import papers_of_slugs
@@ -33,5 +32,5 @@ def methods(request: Request, q: str = "", package: str = "", verdict: str = "",
         request, "catalogue.html", keep=True, current="methods",
         feeds=(*feed_links("methods", "Methods", package=package, verdict=verdict, evidence=evidence), *feed_links("verdicts", "Verdicts")), board=board, found=found, known=known, q_methods=q, package=package,
         verdict=verdict, evidence=evidence, packages=sorted({p.paper.package for p in board.papers}),
-        verdicts=verdict_choices(board), states=STATES,
+        verdicts=app.verdicts.choices, states=STATES,
     )  # fmt: skip

@@ -12,7 +12,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from corollary.web.asked import FIELDS, LONGEST, filters_of
-from corollary.web.board import verdict_choices
 from corollary.web.feeds.links import feed_links
 from corollary.web.guard import NotSignedIn, checked_form, client, who
 from corollary.web.pages.cards import cards
@@ -57,7 +56,7 @@ def find(request: Request, q: str = "", mode: str = "", after: str | None = None
         request, "_hits.html" if wants_fragment(request) else "search.html", keep=True, current="search", q=q,
         feeds=feed_links("search", "This search", q=q, **{k: v for k, v in fields.items() if k != "mode"}) if q else (),
         fields=fields, results=results, cards=shown, after=after, packages=sorted({p.paper.package for p in board.papers}),
-        verdicts=verdict_choices(board), saved=saved_searches(request),
+        verdicts=app.verdicts.choices, saved=saved_searches(request),
     )  # fmt: skip
 
 

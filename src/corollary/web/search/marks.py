@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from corollary.web.search.text import STOP, fold, stem
+from corollary.web.search.text import STOP, root, stem
 from corollary.web.search.types import Parsed
 
 _PIECE = re.compile(r"[^\W_]+")
@@ -25,7 +25,7 @@ def highlight(text: str, parsed: Parsed) -> list[tuple[str, bool]]:
     pieces: list[tuple[str, bool]] = []
     last = 0
     for match in _PIECE.finditer(text):
-        if stem(fold(match[0])) in wanted:
+        if root(match[0]) in wanted:
             if match.start() > last:
                 pieces.append((text[last : match.start()], False))
             pieces.append((match[0], True))
@@ -43,7 +43,7 @@ def excerpt(text: str, parsed: Parsed, *, width: int = 240) -> list[tuple[str, b
     at = 0
     for piece, hit in highlight(text, parsed):
         if hit:
-            places.append((at, stem(fold(piece))))
+            places.append((at, root(piece)))
         at += len(piece)
     best, start = -1, 0
     for first, (begin, _) in enumerate(places):

@@ -217,6 +217,17 @@ def stem(word: str) -> str:
     return word
 
 
+@lru_cache(maxsize=100_000)
+def root(piece: str) -> str:
+    """The stem of a word as it stands in a text; pages look at thousands of them, most of which they have seen.
+
+    Example:
+        >>> root("Optimizers")
+        'optim'
+    """
+    return stem(fold(piece))
+
+
 def content(words: list[str]) -> list[str]:
     """Words without those that say nothing about the subject, each once, in their order; all of them where none is left."""
     kept = [word for word in dict.fromkeys(words) if word not in STOP and (len(word) > 1 or not word.isascii())]
