@@ -46,7 +46,7 @@ METHODS: dict[str, tuple[Train, tuple[float, ...]]] = {
     **{f"LoRA-XS, rank {r}": (_of(LoRAXS(rank=r)), task.RATES["LoRAXS"]) for r in (8, 16)},
     "LoRA-SB, rank 16": (_of(lora_sb), (0.005, 0.01, 0.02, 0.04)),
     "PEGO, 2 of rank 3": (_of(PEGO(rank=3, group_size=2)), task.RATES["LoRA"]),
-    "SaRA, a tenth": (sara, (0.002, 0.004, 0.008, 0.016)),
+    "SaRA, a tenth": (sara, (0.004, 0.008, 0.016, 0.032)),
     "bottleneck, rank 48": (_of(snnk.BASELINE, snnk.TARGETS), snnk.RATES["baseline"]),
     "bottleneck, rank 9": (_of(snnk.Bottleneck(rank=9), snnk.TARGETS), snnk.RATES["baseline"]),
     "SNNK, 192 features": (_of(snnk.SNNK, snnk.TARGETS), snnk.RATES["ours"]),
