@@ -22,6 +22,9 @@ def lorentz_inner(x: Tensor, y: Tensor) -> Tensor:
         >>> import torch
         >>> lorentz_inner(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0]))
         tensor([-1.])
+
+    Reference:
+        Chen et al., "Fully Hyperbolic Neural Networks", arXiv 2105.14686, section 2.
     """
     return (x[..., 1:] * y[..., 1:]).sum(-1, keepdim=True) - x[..., :1] * y[..., :1]
 
@@ -39,6 +42,9 @@ def lorentz_lift(x: Tensor) -> Tensor:
         >>> import torch
         >>> lorentz_lift(torch.zeros(2))
         tensor([1., 0., 0.])
+
+    Reference:
+        Chen et al., arXiv 2105.14686, section 2; the authors' ``expmap0``.
     """
     norm = x.norm(dim=-1, keepdim=True)
     small = norm < torch.finfo(x.dtype).eps

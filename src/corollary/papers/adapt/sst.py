@@ -116,8 +116,8 @@ def schedule(optimizer: Optimizer, controller: PeriodicRestart | None, steps: in
 class Run:
     """What one training gives: the value that is compared, numbers that train, optimizer bytes, losses, and gradients.
 
-    ``alive`` has for each restart the smaller of the two factors' gradient norms right after it, over the geometric mean of what the
-    two have in the steps before, at their smallest.
+    ``alive`` is the smallest, over all restarts and both factors, of a factor's gradient norm at the first step after a restart over its
+    own mean in the half interval before it.
     """
 
     value: float
