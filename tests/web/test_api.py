@@ -10,9 +10,11 @@ from datetime import UTC, datetime
 
 import pytest
 import uvicorn
+from pydantic import TypeAdapter
 from tests.web import samples
 from tests.web.filled import HERE, filled, page
 
+from corollary.web.api import schemas
 from corollary.web.app import create_app
 from corollary.web.importers import Importer
 from corollary.web.settings import Settings
@@ -55,6 +57,26 @@ def test_a_day_in_their_words(get):
     assert (entry["title"], entry["numComments"], entry["isAuthorParticipating"]) == ("Sparse Gardens: Pruning That Grows Back", 3, True)  # fmt: skip
     assert entry["thumbnail"] == samples.HF_DAY[0]["thumbnail"]
     assert [e["paper"]["upvotes"] for e in entries] == sorted((e["paper"]["upvotes"] for e in entries), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/api/daily_papers?date=2026-05-08", list[schemas.DailyPaper]),
+        ("/api/daily_papers?sort=trending", list[schemas.DailyPaper]),
+        ("/api/papers/search?q=low-rank+optimizer", list[schemas.DailyPaper]),
+        ("/api/corollary/search?q=low-rank+optimizer", schemas.SearchResults),
+        ("/api/corollary/similar/fira", list[schemas.Near]),
+        ("/api/corollary/nearest/fira", list[schemas.Near]),
+        ("/api/papers/fira", schemas.Paper),
+    ],
+)
+def test_answers_are_what_the_description_says(get, path, kind):
+    """They are written without the models that describe them."""
+    told = get(path)
+    assert told
+    kind = TypeAdapter(kind)
+    assert kind.dump_python(kind.validate_python(told), mode="json", exclude_unset=True) == told
 
 
 def test_a_paper_says_what_was_measured(get):

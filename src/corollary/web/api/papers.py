@@ -5,20 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, time
-from functools import cache
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request
-from pydantic import TypeAdapter
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from corollary.web.api.asking import reading
-from corollary.web.api.schemas import ERRORS, DailyPaper, Day, Near, Ours, Paper, SearchHit, SearchResults, Standing
+from corollary.web.api.schemas import ERRORS, DailyPaper, Day, Near, Paper, SearchResults, Standing
 from corollary.web.asked import LONGEST, filters_of
 from corollary.web.board import standing
 from corollary.web.guard import client
-from corollary.web.pages.render import paper_address
+from corollary.web.pages.words import paper_address
 from corollary.web.periods import MONTH, WEEK, month_of, week_of
 from corollary.web.search import nearest_implemented, search, similar
 from corollary.web.store import Page, PaperView, current_day, days, get_paper, papers_between, trending
@@ -29,21 +28,15 @@ Limit = Annotated[int, Query(ge=1, le=100, description="entries at most")]
 Name = Annotated[str, Path(max_length=600, description="arXiv id in any spelling, key, or slug")]
 
 
-@cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+def answer(value: Any) -> Response:
+    """Dicts and lists as JSON. They are not made into the models of the route's ``response_model`` first: that, and the
+    framework's own check of them, took as long as half of the search before. The tests hold answers to the models."""
+    return Response(to_json(value), media_type="application/json")
 
 
-def answer(kind: Any, value: Any, *, sparse: bool = False) -> Response:
-    """Models of a kind as JSON, written where they were made: the framework would check them once more, in another thread.
-
-    Args:
-        kind: the type of ``value``, as the route's ``response_model`` says.
-        value: what is answered.
-        sparse: without fields that are None.
-    """
-    text = _adapter(kind).dump_json(value, by_alias=True, exclude_none=sparse)
-    return Response(text, media_type="application/json")
+def _told(**fields: Any) -> dict[str, Any]:
+    """What there is to tell: fields that are None are left out."""
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def standing_of(view: Any) -> Standing | None:
@@ -60,34 +53,40 @@ def _midnight(day: date) -> datetime:
     return datetime.combine(day, time(), UTC)
 
 
-def paper_of(request: Request, paper: PaperView, *, score: float | None = None, nearest: list[Near] | None = None) -> Paper:
-    """A paper in Hugging Face's words."""
+def paper_of(
+    request: Request, paper: PaperView, *, score: float | None = None, nearest: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """A paper in Hugging Face's words: a `Paper`."""
     app = request.app.state
     kept = paper.extra.get("huggingface", {})
     more: dict[str, Any] = dict(kept.get("paper", {})) if isinstance(kept, dict) else {}
     authors = more.pop("authors", None)
     if not isinstance(authors, list) or not all(isinstance(author, dict) for author in authors):
         authors = [{"name": name, "hidden": False} for name in paper.authors]
+    else:
+        authors = [
+            {**author, "name": str(author.get("name") or ""), "hidden": bool(author.get("hidden"))} for author in authors
+        ]
     organization = more.pop("organization", None)
     if not isinstance(organization, dict):
         organization = {"name": paper.organization} if paper.organization else None
     known = {name: value for name, value in more.items() if name not in Paper.model_fields}
-    ours = Ours(
+    at_github = paper.code is not None and "github.com" in paper.code
+    ours = _told(
         url=app.settings.address + paper_address(paper), day=paper.day, imported_votes=paper.imported_votes, own_votes=paper.own_votes,
-        summary=paper.summary, doi=paper.doi, venue=paper.venue, categories=list(paper.categories), code=paper.code,
+        summary=paper.summary, doi=paper.doi, venue=paper.venue, categories=paper.categories, code=paper.code,
         code_added_by=paper.code_added_by, method=standing_of(app.verdicts.paper(paper.slug)), nearest=nearest, score=score,
     )  # fmt: skip
-    return Paper(
+    return _told(
         **known, id=paper.arxiv or paper.key, title=paper.title, summary=paper.text, authors=authors,
         publishedAt=paper.published or _midnight(paper.day), submittedOnDailyAt=_midnight(paper.day), upvotes=paper.points,
-        githubRepo=paper.code if paper.code and "github.com" in paper.code else None,
-        githubRepoAddedBy=paper.code_added_by if paper.code and "github.com" in paper.code else None,
-        ai_keywords=list(paper.keywords), organization=organization, corollary=ours,
+        githubRepo=paper.code if at_github else None, githubRepoAddedBy=paper.code_added_by if at_github else None,
+        ai_keywords=paper.keywords, organization=organization, corollary=ours,
     )  # fmt: skip
 
 
-def entry_of(request: Request, paper: PaperView, score: float | None = None) -> DailyPaper:
-    """An entry of a list in Hugging Face's words."""
+def entry_of(request: Request, paper: PaperView, score: float | None = None) -> dict[str, Any]:
+    """An entry of a list in Hugging Face's words: a `DailyPaper`."""
     kept = paper.extra.get("huggingface", {})
     around = kept.get("item", {}) if isinstance(kept, dict) else {}
     more = {name: value for name, value in around.items() if name not in ("paper", "title", "summary", "publishedAt")}
@@ -99,7 +98,10 @@ def entry_of(request: Request, paper: PaperView, score: float | None = None) -> 
         del more["submittedBy"]
     found = paper_of(request, paper, score=score)
     # Around a paper Hugging Face dates its entry in the list; the paper's own date stands within.
-    return DailyPaper(**more, paper=found, publishedAt=found.submittedOnDailyAt, title=paper.title, summary=paper.text)
+    return _told(
+        **{"numComments": 0, "isAuthorParticipating": False, **more}, paper=found, publishedAt=found["submittedOnDailyAt"],
+        title=paper.title, summary=paper.text,
+    )  # fmt: skip
 
 
 def _at_page(fetch: Any, number: int) -> Sequence[PaperView]:
@@ -131,7 +133,7 @@ def daily_papers(
     def shown(papers: Sequence[PaperView], scores: Sequence[float | None]) -> Response:
         entries = [entry_of(request, paper, score) for paper, score in zip(papers, scores, strict=True)]
         kept = entries if submitter is None else [e for e in entries if submitter in _accounts(e)]
-        return answer(list[DailyPaper], kept, sparse=True)
+        return answer(kept)
 
     if sort == "trending":
         found = trending(store, size=min(200, limit * (p + 1)))[limit * p :]
@@ -152,9 +154,9 @@ def daily_papers(
     return shown(papers, [None] * len(papers))
 
 
-def _accounts(entry: DailyPaper) -> set[str]:
+def _accounts(entry: dict[str, Any]) -> set[str]:
     """The names under which who put an entry on the list is known."""
-    told = entry.submittedBy or {}
+    told = entry.get("submittedBy") or {}
     return {str(told[name]) for name in ("user", "name", "fullname") if told.get(name)}
 
 
@@ -167,7 +169,7 @@ def search_papers(
     """Papers found by words and by meaning, best first."""
     _count(request)
     hits = search(request.app.state.store, q, size=limit).hits
-    return answer(list[DailyPaper], [entry_of(request, hit.paper) for hit in hits], sparse=True)
+    return answer([entry_of(request, hit.paper) for hit in hits])
 
 
 def _count(request: Request) -> None:
@@ -202,10 +204,10 @@ def search_with_filters(
     except ValueError as error:
         raise HTTPException(400, "'after' must be the 'next' of an earlier page of the same search") from error
     hits = [
-        SearchHit(paper=paper_of(request, hit.paper), score=hit.score, words_rank=hit.words_rank, meaning_rank=hit.meaning_rank)
+        _told(paper=paper_of(request, hit.paper), score=hit.score, words_rank=hit.words_rank, meaning_rank=hit.meaning_rank)
         for hit in found.hits
     ]
-    return answer(SearchResults, SearchResults(hits=hits, corrected=found.parsed.corrected, next=found.next), sparse=True)
+    return answer(_told(hits=hits, corrected=found.parsed.corrected, next=found.next))
 
 
 @router.get("/corollary/days")
@@ -223,15 +225,16 @@ def _one(request: Request, name: str) -> PaperView:
     return paper
 
 
-def _near(request: Request, found: Sequence[tuple[PaperView, float]]) -> list[Near]:
+def _near(request: Request, found: Sequence[tuple[PaperView, float]]) -> list[dict[str, Any]]:
+    """Each a `Near`."""
     verdicts = request.app.state.verdicts
     return [
-        Near(
-            id=other.arxiv or other.key,
-            title=other.title,
-            likeness=round(likeness, 4),
-            method=standing_of(verdicts.paper(other.slug)),
-        )
+        {
+            "id": other.arxiv or other.key,
+            "title": other.title,
+            "likeness": round(likeness, 4),
+            "method": standing_of(verdicts.paper(other.slug)),
+        }
         for other, likeness in found
     ]
 
@@ -239,17 +242,17 @@ def _near(request: Request, found: Sequence[tuple[PaperView, float]]) -> list[Ne
 @router.get("/corollary/similar/{name:path}", response_model=list[Near])
 def similar_papers(request: Request, name: Name, limit: Annotated[int, Query(ge=1, le=50)] = 10) -> Response:
     """Papers that are like one, most alike first."""
-    return answer(list[Near], _near(request, similar(request.app.state.store, _one(request, name).id, size=limit)))
+    return answer(_near(request, similar(request.app.state.store, _one(request, name).id, size=limit)))
 
 
-@router.get("/corollary/nearest/{name:path}")
-def nearest_methods(request: Request, name: Name, limit: Annotated[int, Query(ge=1, le=20)] = 3) -> list[Near]:
+@router.get("/corollary/nearest/{name:path}", response_model=list[Near])
+def nearest_methods(request: Request, name: Name, limit: Annotated[int, Query(ge=1, le=20)] = 3) -> Response:
     """The methods that run here and are nearest to a paper, nearest first."""
-    return _near(request, nearest_implemented(request.app.state.store, _one(request, name).id, size=limit))
+    return answer(_near(request, nearest_implemented(request.app.state.store, _one(request, name).id, size=limit)))
 
 
-@router.get("/papers/{name:path}", response_model_exclude_none=True)
-def one_paper(request: Request, name: Name) -> Paper:
+@router.get("/papers/{name:path}", response_model=Paper)
+def one_paper(request: Request, name: Name) -> Response:
     """One paper, with the methods that run here and are nearest to it."""
     paper = _one(request, re.sub(r"\.json$", "", name))
-    return paper_of(request, paper, nearest=_near(request, nearest_implemented(request.app.state.store, paper.id)))
+    return answer(paper_of(request, paper, nearest=_near(request, nearest_implemented(request.app.state.store, paper.id))))

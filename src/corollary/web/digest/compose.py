@@ -23,7 +23,8 @@ from corollary.web.digest.outbox import put
 from corollary.web.digest.subscriptions import about, forget_unconfirmed
 from corollary.web.guard import Sessions
 from corollary.web.pages.cards import nearest_methods
-from corollary.web.pages.render import environment, long_day, paper_address, short_day
+from corollary.web.pages.render import environment
+from corollary.web.pages.words import long_day, paper_address, short_day
 from corollary.web.periods import week_name
 from corollary.web.search import rank_for, search
 from corollary.web.search.types import Filters

@@ -20,7 +20,7 @@ from corollary.web.asked import LONGEST, filters_of
 from corollary.web.board import change_words, standing
 from corollary.web.feeds.write import KINDS, Entry, Feed, atom, json_feed, rss
 from corollary.web.guard import client
-from corollary.web.pages.render import paper_address
+from corollary.web.pages.words import paper_address
 from corollary.web.periods import month_of, week_of
 from corollary.web.search import search
 from corollary.web.store import (

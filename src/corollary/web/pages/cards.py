@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 from fastapi import Request
-from sqlalchemy import select
 
 from corollary.report.views import PaperView as RecordView
 from corollary.web.guard import who
 from corollary.web.search.encoders import unit
 from corollary.web.search.engine import searcher
-from corollary.web.store import PaperView, ReadingItem, Store, Vote, views
+from corollary.web.store import PaperView, Store, rows
 
 _LIKENESS = 0.35  # a method whose likeness is below this is not worth naming on a card
 
@@ -37,19 +36,16 @@ class Card:
 def nearest_methods(store: Store, papers: Sequence[PaperView]) -> dict[int, tuple[PaperView, float]]:
     """For each of many papers the method that runs here and is most like it, with its likeness."""
     tool = searcher(store)
-    ids, rows = tool.implemented()
-    own = tool.vectors.of_papers([p.id for p in papers]) if ids else {}
+    methods, vectors = tool.implemented()
+    own = tool.vectors.of_papers([p.id for p in papers]) if methods else {}
     if not own:
         return {}
-    cosines = unit(np.array(list(own.values()), np.float32)) @ rows.T
-    best = cosines.argmax(axis=1)
-    with store.reading() as connection:
-        methods = {m.id: m for m in views(connection, sorted({ids[i] for i in best}))}
+    cosines = unit(np.array(list(own.values()), np.float32)) @ vectors.T
+    best = cosines.argmax(axis=1).tolist()
     found = {}
-    for place, paper_id in enumerate(own):
-        method, likeness = methods.get(ids[best[place]]), float(cosines[place, best[place]])
-        if method is not None and method.id != paper_id and likeness >= _LIKENESS:
-            found[paper_id] = (method, likeness)
+    for paper_id, place, likeness in zip(own, best, cosines.max(axis=1).tolist(), strict=True):
+        if methods[place].id != paper_id and likeness >= _LIKENESS:
+            found[paper_id] = (methods[place], likeness)
     return found
 
 
@@ -58,16 +54,10 @@ def reader_marks(store: Store, reader: int | None, ids: Sequence[int]) -> tuple[
     if reader is None or not ids:
         return set(), {}
     with store.reading() as connection:
-        if store.dialect == "sqlite":  # every list asks, and the driver's rows take a third of the time
-            names = f"IN ({', '.join(str(int(i)) for i in ids)}) AND reader_id = ?"
-            own = connection.exec_driver_sql(f"SELECT paper_id FROM votes WHERE paper_id {names}", (reader,)).scalars()
-            kept = connection.exec_driver_sql(f"SELECT paper_id, state FROM reading_items WHERE paper_id {names}", (reader,))
-            return set(own), dict(kept.tuples().all())
-        votes = set(connection.scalars(select(Vote.paper_id).where(Vote.reader_id == reader, Vote.paper_id.in_(ids))))
-        items = select(ReadingItem.paper_id, ReadingItem.state).where(
-            ReadingItem.reader_id == reader, ReadingItem.paper_id.in_(ids)
-        )
-        return votes, dict(connection.execute(items).tuples().all())
+        names = f"IN ({', '.join(str(int(i)) for i in ids)}) AND reader_id = ?"
+        own = rows(connection, f"SELECT paper_id FROM votes WHERE paper_id {names}", (reader,))
+        kept = rows(connection, f"SELECT paper_id, state FROM reading_items WHERE paper_id {names}", (reader,))
+    return {paper for (paper,) in own}, dict(kept)
 
 
 def cards(request: Request, papers: Sequence[PaperView], **more: dict[int, Any]) -> list[Card]:

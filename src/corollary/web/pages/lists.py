@@ -13,7 +13,8 @@ from starlette.responses import RedirectResponse, Response
 
 from corollary.web.feeds import feed_links
 from corollary.web.pages.cards import cards
-from corollary.web.pages.render import long_day, respond
+from corollary.web.pages.render import respond
+from corollary.web.pages.words import long_day
 from corollary.web.periods import day_of, month_of, week_name, week_of
 from corollary.web.store import (
     TRENDING_FORMULA,
@@ -23,6 +24,7 @@ from corollary.web.store import (
     current_day,
     days,
     nearest_day,
+    neighbours,
     papers_between,
     trending,
 )
@@ -49,10 +51,10 @@ def _paged(store: Store, first: date, last: date, after: str | None) -> Page:
 
 def _show_day(request: Request, day: date, asked: date | None, after: str | None) -> Response:
     store = request.app.state.store
-    page = _paged(store, day, day, after)
+    page, (before, later) = _paged(store, day, day, after), neighbours(store, day)
     return respond(
         request, "day.html", keep=True, current="day", feeds=feed_links("papers", "Newest papers"), day=day, asked=asked, cards=cards(request, page.papers), next=page.next,
-        before=nearest_day(store, day, "before"), later=nearest_day(store, day, "after"), after=after,
+        before=before, later=later, after=after,
     )  # fmt: skip
 
 

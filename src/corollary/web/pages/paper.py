@@ -12,7 +12,8 @@ from corollary.report.signatures import read_signature
 from corollary.web.guard import who
 from corollary.web.jobs import recent_jobs
 from corollary.web.pages.cards import reader_marks
-from corollary.web.pages.render import paper_address, respond
+from corollary.web.pages.render import respond
+from corollary.web.pages.words import paper_address
 from corollary.web.search import nearest_implemented, similar
 from corollary.web.store import Note, Store, get_paper
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date, datetime
+from datetime import datetime
 from functools import cache
 from importlib.resources import files
 from typing import Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import urlencode, urlsplit
 
 from fastapi import Request
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -18,11 +18,12 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from corollary import __version__
 from corollary.report import html, numbers, shell
 from corollary.report.plots import effect_plot, raw_plot, trial_figure
-from corollary.web.board import STRENGTHS, standing, strength
+from corollary.web.board import STRENGTHS, strength
 from corollary.web.guard import who
 from corollary.web.guard.middleware import KEEP
+from corollary.web.pages import card_html
+from corollary.web.pages.words import clip, long_day, paper_address, short_day
 from corollary.web.periods import week_name
-from corollary.web.store import PaperView
 
 
 def _markup(function: Callable[..., Any]) -> Callable[..., Markup]:
@@ -35,46 +36,8 @@ def _markup(function: Callable[..., Any]) -> Callable[..., Markup]:
     return wrapped
 
 
-def paper_address(paper: PaperView) -> str:
-    """Where a paper's page is."""
-    return "/papers/" + quote(paper.key, safe=":/")
-
-
-def long_day(day: date) -> str:
-    """A day as people say it.
-
-    Example:
-        >>> long_day(date(2024, 10, 2))
-        'Wednesday, 2 October 2024'
-    """
-    return f"{day:%A}, {day.day} {day:%B} {day.year}"
-
-
-def short_day(day: date) -> str:
-    """A day in few letters.
-
-    Example:
-        >>> short_day(date(2024, 10, 2))
-        '2 Oct 2024'
-    """
-    return f"{day.day} {day:%b} {day.year}"
-
-
 def _ago(moment: datetime) -> str:
     return numbers.moment(moment.isoformat())
-
-
-def _clip(text: str, most: int = 420) -> str:
-    """The beginning of a text, cut between words.
-
-    Example:
-        >>> _clip("one two three", 9)
-        'one two …'
-    """
-    if len(text) <= most:
-        return text
-    cut = text[: most - 1]
-    return (cut[: cut.rfind(" ")] if " " in cut else cut).rstrip(" ,;:") + " …"
 
 
 def _pairs(items: Sequence[Any]) -> list[tuple[str, str]]:
@@ -110,7 +73,12 @@ def _host(address: str | None) -> str:
 def environment() -> Environment:
     """The templates; every value is escaped unless it is markup already."""
     made = Environment(
-        loader=PackageLoader("corollary.web"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("corollary.web"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        auto_reload=False,
     )
     made.globals.update(
         version=__version__,
@@ -128,7 +96,6 @@ def environment() -> Environment:
         duration=numbers.duration,
         count=numbers.count,
         moment=numbers.moment,
-        standing=standing,
         strength=strength,
         strengths=STRENGTHS,
         long_day=long_day,
@@ -137,8 +104,15 @@ def environment() -> Environment:
         ago=_ago,
         host=_host,
         query=_query,
+        hidden=card_html.hidden,
+        vote_form=card_html.vote,
+        reading_form=card_html.reading_form,
+        standing_badge=card_html.standing_badge,
+        states_strip=card_html.states_strip,
+        people=card_html.people,
+        card_list=card_html.card_list,
     )
-    made.filters.update(clip=_clip, link=_markup(html.link), pairs=_pairs)
+    made.filters.update(clip=clip, link=_markup(html.link), pairs=_pairs)
     return made
 
 

@@ -40,7 +40,7 @@ class Searcher:
         self._encoder: Encoder | None = None
         self._vocabulary = Vocabulary({})
         self._counted: tuple[str, float] = ("", 0.0)
-        self._implemented: tuple[str, list[int], Floats] | None = None
+        self._implemented: tuple[str, list[PaperView], Floats] | None = None
         self._vectors_of: dict[tuple[str, str], Floats] = {}
 
     @property
@@ -83,8 +83,8 @@ class Searcher:
                     self._vectors_of.pop(next(iter(self._vectors_of)))
         return vector if vector.any() else None
 
-    def implemented(self) -> tuple[list[int], Floats]:
-        """Ids and unit vectors of the papers that have a record."""
+    def implemented(self) -> tuple[list[PaperView], Floats]:
+        """The papers that have a record, and their unit vectors."""
         from corollary.claims.record import catalogue
 
         self.vectors.refresh()
@@ -92,9 +92,10 @@ class Searcher:
         if self._implemented is None or self._implemented[0] != version:
             with self.store.reading() as connection:
                 ids = list(connection.scalars(select(Paper.id).where(Paper.slug.in_(list(catalogue()))).order_by(Paper.id)))
-            found = self.vectors.of_papers(ids)
-            rows = np.array([found[i] for i in found], dtype=np.float32) if found else np.empty((0, 0), np.float32)
-            self._implemented = (version, list(found), unit(rows) if found else rows)
+                found = self.vectors.of_papers(ids)
+                papers = views(connection, list(found))
+            rows = np.array([found[paper.id] for paper in papers], dtype=np.float32) if papers else np.empty((0, 0), np.float32)
+            self._implemented = (version, papers, unit(rows) if papers else rows)
         return self._implemented[1], self._implemented[2]
 
 
@@ -235,12 +236,12 @@ def nearest_implemented(store: Store, paper_id: int, *, size: int = 3) -> list[t
     """The papers with a record in the catalogue that are most like one, with their cosines; the paper itself is left out."""
     tool = searcher(store)
     own = tool.vectors.of_papers([paper_id]).get(paper_id)
-    ids, rows = tool.implemented()
-    if own is None or not ids:
+    methods, rows = tool.implemented()
+    if own is None or not methods:
         return []
     cosines = rows @ unit(own[None])[0]
-    order = [int(i) for i in np.argsort(-cosines, kind="stable") if ids[i] != paper_id][:size]
-    return _seen(store, [(ids[i], float(cosines[i])) for i in order])
+    order = [int(i) for i in np.argsort(-cosines, kind="stable") if methods[i].id != paper_id][:size]
+    return [(methods[i], float(cosines[i])) for i in order]
 
 
 def rank_for(store: Store, liked_ids: Sequence[int], candidate_ids: Sequence[int]) -> list[tuple[int, float]]:

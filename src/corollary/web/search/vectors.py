@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from sqlalchemy import func, select
 
 from corollary.web.search.encoders import Floats, unit
-from corollary.web.store import Meta, Store, Vector
+from corollary.web.store import Meta, Store, Vector, rows
 
 TAIL = 50_000  # rows compared one by one before a new file is written
 SMALLEST = 4096  # a store of fewer papers needs no file
@@ -58,11 +58,11 @@ def rows_after(store: Store, model: str, seq: int, limit: int) -> tuple[NDArray[
     """Paper ids, vectors and last ``seq`` of the rows above a ``seq``, at most ``limit`` of them."""
     query = select(Vector.seq, Vector.paper_id, Vector.vector).where(Vector.seq > seq, Vector.model == model)
     with store.reading() as connection:
-        rows = connection.execute(query.order_by(Vector.seq).limit(limit)).all()
-    if not rows:
+        found = connection.execute(query.order_by(Vector.seq).limit(limit)).all()
+    if not found:
         return np.empty(0, np.int64), np.empty((0, 0), np.int8), seq
-    ids = np.array([row[1] for row in rows], dtype=np.int64)
-    return ids, np.frombuffer(b"".join(row[2] for row in rows), np.int8).reshape(len(rows), -1), rows[-1][0]
+    ids = np.array([row[1] for row in found], dtype=np.int64)
+    return ids, np.frombuffer(b"".join(row[2] for row in found), np.int8).reshape(len(found), -1), found[-1][0]
 
 
 def _new(dims: int) -> Any:
@@ -189,13 +189,9 @@ class VectorIndex:
         found: dict[int, NDArray[np.int8]] = {}
         with self._store.reading() as connection:
             for start in range(0, len(ids), 1000):
-                if self._store.dialect == "sqlite":  # the driver's rows, as every page with cards asks
-                    names = ", ".join(str(int(i)) for i in ids[start : start + 1000])
-                    raw = f"SELECT paper_id, vector FROM vectors WHERE paper_id IN ({names}) AND model = ?"
-                    found.update({i: np.frombuffer(v, np.int8) for i, v in connection.exec_driver_sql(raw, (self.model,))})
-                    continue
-                query = select(Vector.paper_id, Vector.vector).where(
-                    Vector.paper_id.in_(list(ids[start : start + 1000])), Vector.model == self.model
+                names = ", ".join(str(int(i)) for i in ids[start : start + 1000])
+                query = f"SELECT paper_id, vector FROM vectors WHERE paper_id IN ({names}) AND model = ?"
+                found.update(
+                    {paper: np.frombuffer(vector, np.int8) for paper, vector in rows(connection, query, (self.model,))}
                 )
-                found.update({i: np.frombuffer(raw, np.int8) for i, raw in connection.execute(query)})
         return found

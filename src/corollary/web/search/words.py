@@ -13,21 +13,22 @@ import re
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from sqlalchemy import Connection, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import OperationalError
 
 from corollary.web.search.text import fold, stem
 from corollary.web.search.types import Filters, Parsed
 from corollary.web.search.vocabulary import Vocabulary
-from corollary.web.store import Store
+from corollary.web.store import Store, driver, rows
 
 BUDGET = 600  # postings that a ranking by the engine may read
 TOGETHER = 40  # papers taken that have all words
 RANKED = 40  # papers taken by the engine's ranking
 SECONDS = 0.25  # of one statement: a query made to be slow ends with what it has
+_OUT_OF_TIME = "57014"  # PostgreSQL's name for a statement that its timeout ended
 _WEIGHTS = "4.0, 3.0, 1.0, 1.5, 2.0"  # title, authors, abstract, summary, keywords
 
 
@@ -38,13 +39,12 @@ def limited(connection: Connection, seconds: float = SECONDS) -> Iterator[None]:
         connection.exec_driver_sql(f"SET LOCAL statement_timeout = {int(1000 * seconds)}")
         yield
         return
-    raw = connection.connection.driver_connection
-    until = time.monotonic() + seconds
-    raw.set_progress_handler(lambda: int(time.monotonic() > until), 20_000)  # type: ignore[union-attr]
+    raw, until = driver(connection), time.monotonic() + seconds
+    raw.set_progress_handler(lambda: int(time.monotonic() > until), 20_000)
     try:
         yield
     finally:
-        raw.set_progress_handler(None, 0)  # type: ignore[union-attr]
+        raw.set_progress_handler(None, 0)
 
 
 def _clean(text: str) -> str:
@@ -106,7 +106,7 @@ def missing(connection: Connection, words: Sequence[str], vocabulary: Vocabulary
     return {
         word
         for word in unknown
-        if not _rows(connection, "SELECT rowid FROM words WHERE words MATCH ? LIMIT 1", (_quoted(word),))
+        if not _first(connection, "SELECT rowid FROM words WHERE words MATCH :word LIMIT 1", {"word": _quoted(word)})
     }
 
 
@@ -114,20 +114,11 @@ def _quoted(part: str) -> str:
     return '"' + part.replace('"', " ") + '"'
 
 
-def _rows(connection: Connection, query: str, values: tuple[Any, ...] | dict[str, Any]) -> list[int]:
-    """First column of a statement; what was found by then where it runs out of time, nothing where the engine refuses it."""
+def _first(connection: Connection, query: str, values: dict[str, Any]) -> list[int]:
+    """First column of a statement of SQLite's; what was found by then where it runs out of time, nothing where it is refused."""
     found: list[int] = []
-    try:
-        with limited(connection):
-            result = (
-                connection.exec_driver_sql(query, values)
-                if isinstance(values, tuple)
-                else connection.execute(text(query), values)
-            )
-            found.extend(row[0] for row in result)
-    except DBAPIError as error:
-        if not isinstance(error.orig, sqlite3.OperationalError):
-            raise
+    with limited(connection), suppress(sqlite3.OperationalError):
+        found.extend(row[0] for row in driver(connection).execute(query, values))
     return found
 
 
@@ -178,7 +169,7 @@ def _find_sqlite(connection: Connection, parsed: Parsed, plan: _Plan, filters: F
 
     def ask(match: str, order: str, limit: int) -> list[int]:
         query = f"SELECT w.rowid FROM words w {join} WHERE words MATCH :match {where} ORDER BY {order} LIMIT {limit}"
-        return _rows(connection, query, {**values, "match": f"({match}) {never}" if never else match})
+        return _first(connection, query, {**values, "match": f"({match}) {never}" if never else match})
 
     def all_of(words: Sequence[str]) -> str:
         return " AND ".join([*(f"({part})" for part in must), *map(_quoted, words)])
@@ -222,8 +213,12 @@ def _find_postgresql(connection: Connection, parsed: Parsed, plan: _Plan, filter
     def ask(query: str, order: str, limit: int) -> None:
         if query:
             sql = f"SELECT p.id FROM papers p, (SELECT {query} AS q) AS asked WHERE p.words @@ q {where} ORDER BY {order} LIMIT {limit}"
-            with connection.begin_nested():
-                found.update(dict.fromkeys(_rows(connection, sql, {**values, **more})))
+            try:
+                with connection.begin_nested(), limited(connection):
+                    found.update(dict.fromkeys(connection.scalars(text(sql), {**values, **more})))
+            except OperationalError as error:
+                if getattr(error.orig, "sqlstate", None) != _OUT_OF_TIME:
+                    raise
 
     ask(" && ".join([*must, *(each[word] for word in plan.together), *never]), "p.id DESC", TOGETHER)
     rare = " || ".join(each[word] for word in plan.rare)
@@ -239,11 +234,9 @@ def rerank(connection: Connection, ids: Sequence[int], parsed: Parsed, counts: d
     stems = [(stem(word), math.log(1 + total / count)) for word, count in list(counts.items())[:60]]
     phrase = " ".join(parsed.words)
     names = ", ".join(map(str, ids))
-    rows = connection.exec_driver_sql(
-        f"SELECT id, title, authors, abstract, summary, keywords FROM papers WHERE id IN ({names})"
-    )
+    found = rows(connection, f"SELECT id, title, authors, abstract, summary, keywords FROM papers WHERE id IN ({names})")
     scores: dict[int, float] = {}
-    for paper, title, authors, abstract, summary, keywords in rows:
+    for paper, title, authors, abstract, summary, keywords in found:
         head, body = fold(title), fold(f"{authors}\n{keywords}\n{summary}\n{abstract}")
         score = 0.0
         for start, weight in stems:

@@ -20,7 +20,7 @@ importers alone, and votes through `vote`, because a paper counts them. Times ar
 
 Reading papers gives `PaperView`, frozen and free of any session: `get_paper` (key, arXiv id in any spelling, or slug),
 `papers_by_id`, `papers_of_slugs`, `papers_of_day`, `papers_between` (each a `Page` of papers
-and the cursor ``next``), `nearest_day` (``either``, ``before``, ``after``), `current_day`, `newest_day`, `days` (counts for a calendar),
+and the cursor ``next``), `nearest_day` (``either``, ``before``, ``after``), `neighbours`, `current_day`, `newest_day`, `days` (counts for a calendar),
 `trending` (with `TRENDING_FORMULA` to show beside it), `papers_added_since`, `count_papers`, `vote`, `voted`.
 
 ``PaperView.text`` is the abstract, or our summary where no abstract was imported; ``PaperView.slug`` names the record in
@@ -33,7 +33,7 @@ at hand with those last seen and logs the changes, in one transaction.
 
 from __future__ import annotations
 
-from corollary.web.store.engine import Store, StoreUnavailable, data_dir, default_url, open_store
+from corollary.web.store.engine import Store, StoreUnavailable, data_dir, default_url, driver, open_store, rows
 from corollary.web.store.papers import (
     PAGE,
     TRENDING_DAYS,
@@ -46,7 +46,9 @@ from corollary.web.store.papers import (
     days,
     get_paper,
     nearest_day,
+    neighbours,
     newest_day,
+    paper_of,
     papers_added_since,
     papers_between,
     papers_by_id,
@@ -82,9 +84,9 @@ from corollary.web.store.schema import (
 from corollary.web.store.verdicts import record_verdicts, verdict_changes_since
 
 __all__ = [
-    "Store", "StoreUnavailable", "data_dir", "default_url", "open_store",
+    "Store", "StoreUnavailable", "data_dir", "default_url", "driver", "open_store", "rows",
     "PAGE", "TRENDING_DAYS", "TRENDING_FORMULA", "Page", "PaperView", "arxiv_id", "count_papers", "days", "get_paper",
-    "nearest_day", "newest_day", "papers_added_since", "papers_between", "papers_by_id", "papers_of_day",
+    "nearest_day", "neighbours", "newest_day", "paper_of", "papers_added_since", "papers_between", "papers_by_id", "papers_of_day",
     "papers_of_slugs", "current_day", "trending", "views", "vote", "voted", "record_verdicts", "verdict_changes_since",
     "Base", "Delivery", "FetchState", "ImportRun", "Job", "Meta", "Note", "Paper", "Pending", "Reader", "ReadingItem",
     "RejectedItem", "SavedSearch", "Subscription", "Term", "Vector", "VerdictChange", "VerdictState", "Vote", "now",

@@ -6,10 +6,10 @@ import os
 import sqlite3
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from alembic import command
 from alembic.config import Config
@@ -98,6 +98,29 @@ class Store:
                 self._watch.close()
                 self._watch = None
         self.engine.dispose()
+
+
+def driver(connection: Connection) -> sqlite3.Connection:
+    """SQLite's own connection beneath one, in its transaction: SQLAlchemy's result costs more than the rows of a small answer."""
+    if not connection.in_transaction():
+        connection.begin()
+    return cast(sqlite3.Connection, connection.connection.driver_connection)
+
+
+def rows(connection: Connection, query: str, values: Sequence[Any] = ()) -> list[Any]:
+    """All rows of a statement that pages ask again and again, as the driver gives them.
+
+    Args:
+        connection: of `Store.reading`; the rows are of the state that it sees.
+        query: SQL that both databases read, with ``?`` where a value goes.
+        values: one for each ``?``.
+
+    Returns:
+        Tuples of what the driver makes of a column: SQLite gives times, days and JSON as text.
+    """
+    if connection.dialect.name != "sqlite":
+        return list(connection.exec_driver_sql(query.replace("?", "%s"), tuple(values)))
+    return driver(connection).execute(query, values).fetchall()
 
 
 def _sqlite(engine: Engine) -> None:

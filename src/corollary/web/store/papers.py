@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, Select, and_, func, select, tuple_, update
+from sqlalchemy import Connection, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from corollary.web.store.engine import Store
+from corollary.web.store.engine import Store, rows
 from corollary.web.store.schema import Paper, Vote, now
 
 PAGE = 30
@@ -24,8 +24,7 @@ TRENDING_DAYS = 30
 TRENDING_FORMULA = "(points + 1) / (age in days + 2)^1.5, over the last 30 days that have papers before the newest"
 
 
-@dataclass(frozen=True, slots=True)
-class PaperView:
+class PaperView(NamedTuple):
     """One paper as the pages show it; the fields are those of `corollary.web.store.schema.Paper`."""
 
     id: int
@@ -52,9 +51,9 @@ class PaperView:
     organization: str | None
     comment: str | None
     venue: str | None
-    links: list[dict[str, Any]] = field(hash=False)
+    links: list[dict[str, Any]]
     source: str
-    extra: dict[str, Any] = field(hash=False)
+    extra: dict[str, Any]
     created_at: datetime
     changed_at: datetime
 
@@ -72,7 +71,7 @@ class Page:
     next: str | None
 
 
-_COLUMNS = [getattr(Paper, name) for name in PaperView.__slots__]
+_NAMES = ", ".join(PaperView._fields)
 _ARXIV = re.compile(
     r"(?:https?://(?:www\.|export\.)?arxiv\.org/(?:abs|pdf|html)/|arxiv:\s*)?"
     r"(\d{4}\.\d{4,5}|[a-z][a-z-]+(?:\.[A-Za-z]{2})?/\d{7})(?:v(\d+))?(?:\.pdf)?/?",
@@ -91,30 +90,43 @@ def arxiv_id(text: str) -> tuple[str, int | None] | None:
     return None if match is None else (match[1], int(match[2]) if match[2] else None)
 
 
-def _view(row: RowMapping) -> PaperView:
-    return PaperView(*row.values())
+def _lines(text: str) -> tuple[str, ...]:
+    return tuple(text.split("\n")) if text else ()
 
 
-_NAMES = ", ".join(PaperView.__slots__)
-_AT = {name: place for place, name in enumerate(PaperView.__slots__)}
-_LINES = [_AT[name] for name in ("authors", "keywords", "categories")]
-_TIMES = [_AT[name] for name in ("published", "updated", "created_at", "changed_at")]
-_JSON = [_AT[name] for name in ("links", "extra")]
-_DAY = _AT["day"]
+def _time(value: Any) -> datetime | None:
+    """A moment as SQLite stores it, in UTC without a zone, or as PostgreSQL's driver gives it."""
+    if value is None:
+        return None
+    return datetime.fromisoformat(value + "+00:00") if isinstance(value, str) else value.astimezone(UTC)
 
 
-def _decode(row: Sequence[Any]) -> PaperView:
-    """A row of SQLite's driver, as the column types of the schema would read it."""
-    values = list(row)
-    values[_DAY] = date.fromisoformat(values[_DAY])
-    for place in _LINES:
-        values[place] = tuple(values[place].split("\n")) if values[place] else ()
-    for place in _TIMES:
-        if values[place] is not None:
-            values[place] = datetime.fromisoformat(values[place]).replace(tzinfo=UTC)
-    for place in _JSON:
-        values[place] = json.loads(values[place])
-    return PaperView(*values)
+def _date(value: Any) -> date:
+    return date.fromisoformat(value) if isinstance(value, str) else value
+
+
+def _loads(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return [] if value == "[]" else {} if value == "{}" else json.loads(value)
+
+
+def _view(row: Sequence[Any]) -> PaperView:
+    """A row of a driver, as the column types of the schema would read it; every page with cards reads thirty."""
+    (
+        number, key, slug, arxiv, version, doi, title, authors, abstract, summary, keywords, categories, day, published, updated,
+        imported_votes, own_votes, points, url, code, code_added_by, organization, comment, venue, links, source, extra, created_at,
+        changed_at,
+    ) = row  # fmt: skip
+    return PaperView(
+        number, key, slug, arxiv, version, doi, title, _lines(authors), abstract, summary, _lines(keywords), _lines(categories),
+        _date(day), _time(published), _time(updated), imported_votes, own_votes, points, url, code, code_added_by, organization,
+        comment, venue, _loads(links), source, _loads(extra), _time(created_at), _time(changed_at),  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _papers(connection: Connection, condition: str, values: Sequence[Any] = ()) -> list[PaperView]:
+    return [_view(row) for row in rows(connection, f"SELECT {_NAMES} FROM papers WHERE {condition}", values)]
 
 
 def _cursor(after: str | None) -> tuple[int, int] | None:
@@ -134,20 +146,15 @@ def _size(size: int) -> int:
 
 def get_paper(store: Store, name: str) -> PaperView | None:
     """The paper of a key, arXiv id (any version or spelling), or slug; None where there is none."""
-    found = arxiv_id(name)
     with store.reading() as connection:
-        if store.dialect == "sqlite":  # as in `views`
-            key = found[0] if found else name
-            for column, value in (("key", key), ("slug", name)):
-                raw = connection.exec_driver_sql(f"SELECT {_NAMES} FROM papers WHERE {column} = ?", (value,)).first()
-                if raw is not None:
-                    return _decode(raw)
-            return None
-        for condition in (Paper.key == (found[0] if found else name), Paper.slug == name):
-            row = connection.execute(select(*_COLUMNS).where(condition)).mappings().first()
-            if row is not None:
-                return _view(row)
-    return None
+        return paper_of(connection, name)
+
+
+def paper_of(connection: Connection, name: str) -> PaperView | None:
+    """As `get_paper`, on a connection at hand."""
+    named, name = arxiv_id(name), name.replace("\0", "")
+    found = _papers(connection, "key = ?", (named[0] if named else name,)) or _papers(connection, "slug = ?", (name,))
+    return found[0] if found else None
 
 
 def papers_by_id(store: Store, ids: Sequence[int]) -> list[PaperView]:
@@ -158,12 +165,9 @@ def papers_by_id(store: Store, ids: Sequence[int]) -> list[PaperView]:
 
 def views(connection: Connection, ids: Sequence[int]) -> list[PaperView]:
     """As `papers_by_id`, on a connection at hand."""
-    if connection.dialect.name == "sqlite":
-        # Every page reads papers; the driver's rows, decoded here, take a third of the time.
-        names = ", ".join(str(int(i)) for i in ids)
-        found = map(_decode, connection.exec_driver_sql(f"SELECT {_NAMES} FROM papers WHERE id IN ({names})"))
-    else:
-        found = map(_view, connection.execute(select(*_COLUMNS).where(Paper.id.in_(ids))).mappings())
+    if not ids:
+        return []
+    found = _papers(connection, f"id IN ({', '.join(str(int(i)) for i in ids)})")
     by_id = {paper.id: paper for paper in found}
     return [by_id[i] for i in ids if i in by_id]
 
@@ -171,8 +175,8 @@ def views(connection: Connection, ids: Sequence[int]) -> list[PaperView]:
 def papers_of_slugs(store: Store, slugs: Iterable[str]) -> list[PaperView]:
     """The papers of these records, by day, newest first."""
     with store.reading() as connection:
-        query = select(*_COLUMNS).where(Paper.slug.in_(list(slugs))).order_by(Paper.day.desc(), Paper.id)
-        return [_view(row) for row in connection.execute(query).mappings()]
+        ids = list(connection.scalars(select(Paper.id).where(Paper.slug.in_(list(slugs))).order_by(Paper.day.desc(), Paper.id)))
+        return views(connection, ids)
 
 
 def papers_between(store: Store, first: date, last: date, *, after: str | None = None, size: int = PAGE) -> Page:
@@ -189,13 +193,17 @@ def papers_between(store: Store, first: date, last: date, *, after: str | None =
         ValueError: for a cursor or size that is none.
     """
     cursor, size = _cursor(after), _size(size)
-    inside: ColumnElement[bool] = Paper.day == first if first == last else Paper.day.between(first, last)
+    condition = "day BETWEEN ? AND ?"
+    values: list[Any] = [first.isoformat(), last.isoformat()]
+    if first == last:
+        condition, values = "day = ?", [first.isoformat()]
     if cursor is not None:
-        inside = and_(inside, tuple_(Paper.points, Paper.id) < tuple_(*cursor))
+        condition += " AND (points, id) < (?, ?)"
+        values += cursor
     # The ids come from the index alone; only the page's own rows are read.
-    ids: Select[Any] = select(Paper.id).where(inside).order_by(Paper.points.desc(), Paper.id.desc()).limit(size + 1)
+    query = f"SELECT id FROM papers WHERE {condition} ORDER BY points DESC, id DESC LIMIT {size + 1}"
     with store.reading() as connection:
-        found = list(connection.scalars(ids))
+        found = [row[0] for row in rows(connection, query, values)]
         papers = views(connection, found[:size])
     more = len(found) > size and papers
     return Page(papers, f"{papers[-1].points}.{papers[-1].id}" if more else None)
@@ -211,17 +219,21 @@ def nearest_day(store: Store, day: date, direction: Literal["either", "before", 
 
     Of two equally near, the earlier. None where there is no such day.
     """
-    with store.reading() as connection:
-        before = after = None
-        if direction != "after":
-            edge = Paper.day < day if direction == "before" else Paper.day <= day
-            before = connection.scalar(select(func.max(Paper.day)).where(edge))
-        if direction != "before":
-            edge = Paper.day > day if direction == "after" else Paper.day >= day
-            after = connection.scalar(select(func.min(Paper.day)).where(edge))
+    before, after = neighbours(store, day, strictly=direction != "either")
+    if direction != "either":
+        return before if direction == "before" else after
     if before is None or after is None:
         return before or after
     return before if day - before <= after - day else after
+
+
+def neighbours(store: Store, day: date, *, strictly: bool = True) -> tuple[date | None, date | None]:
+    """The last day with papers before ``day`` and the first after it, or ``day`` itself for both where it may be: not ``strictly``."""
+    equal = "" if strictly else "="
+    query = f"SELECT (SELECT max(day) FROM papers WHERE day <{equal} ?), (SELECT min(day) FROM papers WHERE day >{equal} ?)"
+    with store.reading() as connection:
+        before, after = rows(connection, query, (day.isoformat(), day.isoformat()))[0]
+    return (None if before is None else _date(before)), (None if after is None else _date(after))
 
 
 def current_day(store: Store) -> date | None:
@@ -271,9 +283,9 @@ def trending(store: Store, today: date | None = None, *, size: int = PAGE) -> li
 
 def papers_added_since(store: Store, moment: datetime, *, limit: int = 1000) -> list[PaperView]:
     """Papers that came into the store after a moment, in the order they came, at most ``limit``."""
-    query = select(*_COLUMNS).where(Paper.created_at > moment).order_by(Paper.id).limit(limit)
+    query = select(Paper.id).where(Paper.created_at > moment).order_by(Paper.id).limit(limit)
     with store.reading() as connection:
-        return [_view(row) for row in connection.execute(query).mappings()]
+        return views(connection, list(connection.scalars(query)))
 
 
 def count_papers(store: Store) -> int:
@@ -313,6 +325,6 @@ def voted(store: Store, reader_id: int, paper_ids: Sequence[int]) -> set[int]:
 
 __all__ = [
     "PAGE", "TRENDING_DAYS", "TRENDING_FORMULA", "Page", "PaperView", "arxiv_id", "count_papers", "days", "get_paper",
-    "current_day", "nearest_day", "newest_day", "papers_added_since", "papers_between", "papers_by_id", "papers_of_day",
-    "papers_of_slugs", "trending", "views", "vote", "voted",
+    "current_day", "nearest_day", "neighbours", "newest_day", "paper_of", "papers_added_since", "papers_between", "papers_by_id",
+    "papers_of_day", "papers_of_slugs", "trending", "views", "vote", "voted",
 ]  # fmt: skip
