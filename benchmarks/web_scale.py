@@ -19,7 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -185,56 +187,82 @@ def build(folder: Path, count: int) -> dict[str, Any]:
     return row
 
 
-def whole_app(folder: Path) -> Any:
-    """The daily page as `corollary serve` gives it: pages, and the API's answers."""
-    from corollary.web.app import create_app
-    from corollary.web.settings import Settings
-    from corollary.web.store import open_store
-
-    store = open_store(f"sqlite:///{folder / 'daily.sqlite'}")
-    return create_app(store, Settings(jobs=False))
-
-
-def _serve(folder: Path, port: int, workers: int) -> list[subprocess.Popen[bytes]]:
-    """Server processes that share a port."""
-    command = [sys.executable, "-m", "benchmarks.web_scale", "--folder", str(folder), "--serve", str(port)]
+@contextmanager
+def served(folder: Path, workers: int) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """`corollary serve` over the folder's store, its port and its process, once it answers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "corollary", "serve", "--no-open", "--no-jobs", "--port", str(port)]
+    command += ["--workers", str(workers), "--database", f"sqlite:///{folder / 'daily.sqlite'}"]
     environment = {**os.environ, "COROLLARY_EMBEDDING": "lsa", "OMP_NUM_THREADS": "1"}
-    return [subprocess.Popen(command, env=environment) for _ in range(workers)]
-
-
-def _serve_here(folder: Path, port: int) -> None:
-    import uvicorn
-
-    # With the protocol named: asyncio turns Nagle's algorithm off only where it sees that a socket is TCP, and answers wait 40 ms else.
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        listener.bind(("127.0.0.1", port))
-        config = uvicorn.Config(whole_app(folder), log_level="warning", access_log=False)
-        uvicorn.Server(config).run(sockets=[listener])
-
-
-async def _client(port: int, paths: Iterator[str], until: float, taken: list[float]) -> None:
-    """One connection that asks, waits for the whole answer, and asks again."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     try:
-        while time.perf_counter() < until:
-            began = time.perf_counter()
-            writer.write(f"GET {next(paths)} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
-            head = await reader.readuntil(b"\r\n\r\n")
-            if b" 200 " not in head.split(b"\r\n", 1)[0]:
-                raise SystemExit(f"the server answers {head[:200]!r}")
-            length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
-            await reader.readexactly(length)
-            taken.append(1000 * (time.perf_counter() - began))
+        until = time.monotonic() + 120
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5):
+                    break
+            except OSError as error:
+                if server.poll() is not None or time.monotonic() > until:
+                    raise SystemExit("the server does not answer") from error
+            time.sleep(0.5)
+        time.sleep(10)  # what a server reads once
+        yield port, server
     finally:
-        writer.close()
+        server.terminate()
+        server.wait()
+
+
+class _Client(asyncio.Protocol):
+    """One connection that asks, waits for the whole answer, and asks again."""
+
+    def __init__(self, paths: Iterator[str], until: float, taken: list[float]) -> None:
+        self._paths, self._until, self._taken = paths, until, taken
+        self._head, self._left = b"", 0
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+        self._ask()
+
+    def _ask(self) -> None:
+        self._head = b""
+        self._began = time.perf_counter()
+        if self._began >= self._until:
+            self._transport.close()
+        else:
+            self._transport.write(f"GET {next(self._paths)} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+
+    def data_received(self, data: bytes) -> None:
+        if self._left:
+            self._left -= len(data)
+        else:
+            self._head += data
+            end = self._head.find(b"\r\n\r\n")
+            if end < 0:
+                return
+            head = self._head[:end].lower()
+            if b" 200 " not in head.split(b"\r\n", 1)[0]:
+                self._transport.close()
+                self.done.set_exception(SystemExit(f"the server answers {head[:200]!r}"))
+                return
+            self._left = int(head.split(b"content-length:")[1].split(b"\r\n")[0]) - (len(self._head) - end - 4)
+        if not self._left:
+            self._taken.append(1000 * (time.perf_counter() - self._began))
+            self._ask()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.done.done():
+            self.done.set_exception(error) if error else self.done.set_result(None)
 
 
 async def _load(port: int, paths: Iterator[str], at_once: int, seconds: float) -> list[float]:
     taken: list[float] = []
     until = time.perf_counter() + seconds
-    await asyncio.gather(*(_client(port, paths, until, taken) for _ in range(at_once)))
+    loop = asyncio.get_running_loop()
+    clients = [await loop.create_connection(lambda: _Client(paths, until, taken), "127.0.0.1", port) for _ in range(at_once)]
+    await asyncio.gather(*(client.done for _, client in clients))
     return taken
 
 
@@ -309,29 +337,24 @@ def _private_mb(pid: int) -> float:
     return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Private_Dirty")) / 1024
 
 
+def _workers(pid: int) -> list[int]:
+    """The processes that answer: the children of one that deals, else itself."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children] or [pid]
+
+
 def measure(folder: Path, workers: int, seconds: float = SECONDS) -> dict[str, Any]:
     """Latencies of each kind under a load of 50 requests at once, sent from this process to servers in others."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    import uvloop
+
     asked = questions(folder)
-    servers = _serve(folder, port, workers)
-    try:
-        until = time.monotonic() + 120
-        ready = 0
-        while ready < 3 and time.monotonic() < until:
-            try:
-                with socket.create_connection(("127.0.0.1", port), timeout=1):
-                    ready += 1
-            except OSError:
-                pass
-            time.sleep(1)
+    with served(folder, workers) as (port, server):
         found: dict[str, Any] = {}
         for kind, paths in asked.items():
-            asyncio.run(_load(port, paths, AT_ONCE, 3.0))  # what a server reads once
+            uvloop.run(_load(port, paths, AT_ONCE, 3.0))  # what a server reads once
             row: dict[str, Any] = {}
             for at_once in (1, AT_ONCE):
-                taken = sorted(asyncio.run(_load(port, paths, at_once, seconds)))
+                taken = sorted(uvloop.run(_load(port, paths, at_once, seconds)))
                 row[f"at_{at_once}"] = {
                     "p50_ms": taken[len(taken) // 2], "p95_ms": taken[int(len(taken) * 0.95)], "p99_ms": taken[int(len(taken) * 0.99)],
                     "per_second": len(taken) / seconds,
@@ -340,13 +363,8 @@ def measure(folder: Path, workers: int, seconds: float = SECONDS) -> dict[str, A
             row["holds"] = row[f"at_{AT_ONCE}"]["p95_ms"] <= LIMITS[kind]
             row["load_average"] = os.getloadavg()[0]
             found[kind] = row
-        found["server_private_mb"] = [_private_mb(server.pid) for server in servers]
+        found["server_private_mb"] = [_private_mb(worker) for worker in _workers(server.pid)]
         return found
-    finally:
-        for server in servers:
-            server.terminate()
-        for server in servers:
-            server.wait()
 
 
 def main() -> int:
@@ -356,12 +374,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "corollary_web_scale")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seconds", type=float, default=SECONDS)
-    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ["COROLLARY_EMBEDDING"] = "lsa"  # a million papers through a Transformer take hours
-    if options.serve:
-        _serve_here(options.folder, options.serve)
-        return 0
     from corollary.claims.environment import commit, machine, packages
 
     result = {

@@ -256,13 +256,14 @@ def serve(
         str | None, typer.Option(metavar="URL", help="As readers reach the page, where a proxy stands before it.")
     ] = None,
     jobs: Annotated[bool, typer.Option("--jobs/--no-jobs", help="Work off the runs that readers start.")] = True,
+    workers: Annotated[int, typer.Option(help="Processes that answer, for a lab: one to each core.", min=1, max=64)] = 1,
     open_: Annotated[bool, typer.Option("--open/--no-open", help="Open a browser.")] = True,
     store: StoreDir = None,
 ) -> None:
     """Serve the daily page: papers by day, search, likeness, and the verdict on every card."""
     from corollary.cli.serve import run_serve
 
-    run_serve(host, port, address, lab, closed, jobs, open_, database, store)
+    run_serve(host, port, address, lab, closed, jobs, workers, open_, database, store)
 
 
 @app.command()

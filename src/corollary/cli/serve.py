@@ -69,15 +69,19 @@ def run_serve(
     lab: bool,
     closed: bool,
     jobs: bool,
+    workers: int,
     open_: bool,
     database: str | None,
     store_dir: Path | None,
 ) -> None:
     """Open the store, put the first issue in, and serve until interrupted."""
+    if workers > 1 and not hasattr(socket, "send_fds"):
+        raise typer.BadParameter(
+            "this system hands no connections from process to process; serve with 1", param_hint="--workers"
+        )
     try:
-        import uvicorn
-
         from corollary.web.app import create_app
+        from corollary.web.serving import Workers, WorkersFailed, serve
     except ModuleNotFoundError as error:
         raise typer.BadParameter(
             f"the daily page needs the extra 'web': pip install 'corollary[web]' ({error.name} is missing)"
@@ -104,9 +108,14 @@ def run_serve(
             if open_ and console.is_terminal:
                 webbrowser.open(settings.address)
             logging.getLogger("corollary.web").addHandler(logging.StreamHandler())
-            # No access log: addresses hold the tokens of those who confirm and leave.
-            config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, proxy_headers=lab)
-            uvicorn.Server(config).run(sockets=[listener])
+            if workers > 1:
+                try:
+                    Workers(listener, workers, database, settings).run()
+                except WorkersFailed as error:
+                    Console(stderr=True, soft_wrap=True).print(f"corollary: {escape(str(error))}", highlight=False)
+                    raise typer.Exit(1) from error
+            else:
+                serve(app, settings, listener)
         finally:
             store.close()
 

@@ -4,7 +4,8 @@ What a router finds in ``request.app.state``:
 
 - ``store``, ``settings``; ``verdicts`` (`corollary.web.board.Verdicts`: records with what was measured);
 - ``sessions`` and ``limits`` (`corollary.web.guard`); ``jobs``, the runner of this process, or None; ``mail``, which sends one
-  message, and ``outbox``, which sends those in the store, or None where no mail is set up.
+  message, and ``outbox``, which sends those in the store, or None where no mail is set up; ``ready``, an event that is set once
+  the first search needs to wait for nothing.
 
 ``who(request)`` says who asks, ``await checked_form(request)`` reads a form that was sent from one of our own pages, and
 `corollary.web.pages.render.respond` renders a template, to be kept until something changes with ``keep=True``.
@@ -51,7 +52,7 @@ def _file(name: str) -> bytes:
 
 
 @static.get("/static/{name:path}")
-def static_file(name: str) -> Response:
+async def static_file(name: str) -> Response:
     """A file that pages load. Its address changes with its content, so it may be kept for good."""
     if name not in _STATIC and name != "report.css":
         raise HTTPException(404, "there is nothing at this address")
@@ -60,13 +61,13 @@ def static_file(name: str) -> Response:
 
 
 @static.get("/favicon.ico")
-def favicon() -> Response:
+async def favicon() -> Response:
     """Where browsers look that have not read the page."""
     return Response(_file("icon.svg"), media_type="image/svg+xml", headers={"cache-control": "public, max-age=86400"})
 
 
 @static.get("/robots.txt")
-def robots() -> Response:
+async def robots() -> Response:
     """Pages of one reader's own are nothing for a search engine."""
     return Response("User-agent: *\nDisallow: /\n", media_type="text/plain")
 
@@ -78,13 +79,16 @@ def health(request: Request) -> Response:
     return JSONResponse({"status": "ok", "version": __version__})
 
 
-def create_app(store: Store, settings: Settings | None = None, *, mail: digest.Mailer | None = None) -> FastAPI:
+def create_app(
+    store: Store, settings: Settings | None = None, *, mail: digest.Mailer | None = None, runner: bool = True
+) -> FastAPI:
     """The app of an open store.
 
     Args:
         store: stays the caller's, who closes it.
         settings: how the page is served; by default to one reader on this machine.
         mail: None: nothing is mailed, and subscriptions are not offered.
+        runner: whether this process works off the queue of runs; False where another of the same server does.
 
     Returns:
         An ASGI app, to be served by any number of processes; each runs at most one job at a time.
@@ -118,6 +122,8 @@ def create_app(store: Store, settings: Settings | None = None, *, mail: digest.M
                 warm(store)
             except Exception as error:  # noqa: BLE001 - the pages come all the same, and the first search does what failed here
                 _LOG.warning("could not get ready beforehand: %s", type(error).__name__)
+            finally:
+                state.ready.set()
 
         threading.Thread(target=prepare, name="corollary-warm", daemon=True).start()
         if store.dialect == "sqlite":
@@ -136,9 +142,9 @@ def create_app(store: Store, settings: Settings | None = None, *, mail: digest.M
     )  # fmt: skip
     state = app.state
     state.store, state.settings, state.verdicts, state.sessions = store, settings, verdicts, sessions
-    state.limits, state.mail = Limits(), mail
+    state.limits, state.mail, state.ready = Limits(), mail, threading.Event()
     state.outbox = digest.OutboxRunner(store, mail) if mail is not None else None
-    state.jobs = JobRunner(store, settings, changed) if settings.jobs else None
+    state.jobs = JobRunner(store, settings, changed) if settings.jobs and runner else None
     for router in (static, api.router, feeds.router, digest.router, account.router):
         app.include_router(router)
     for router in (lists.router, search.router, catalogue.router, paper.router, desk.router, runs.router):

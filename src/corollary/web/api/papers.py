@@ -19,6 +19,7 @@ from corollary.web.board import standing
 from corollary.web.guard import client
 from corollary.web.pages.words import paper_address
 from corollary.web.periods import MONTH, WEEK, month_of, week_of
+from corollary.web.quick import quick
 from corollary.web.search import nearest_implemented, search, similar
 from corollary.web.store import Page, PaperView, current_day, days, get_paper, papers_between, trending
 
@@ -240,18 +241,21 @@ def _near(request: Request, found: Sequence[tuple[PaperView, float]]) -> list[di
 
 
 @router.get("/corollary/similar/{name:path}", response_model=list[Near])
+@quick
 def similar_papers(request: Request, name: Name, limit: Annotated[int, Query(ge=1, le=50)] = 10) -> Response:
     """Papers that are like one, most alike first."""
     return answer(_near(request, similar(request.app.state.store, _one(request, name).id, size=limit)))
 
 
 @router.get("/corollary/nearest/{name:path}", response_model=list[Near])
+@quick
 def nearest_methods(request: Request, name: Name, limit: Annotated[int, Query(ge=1, le=20)] = 3) -> Response:
     """The methods that run here and are nearest to a paper, nearest first."""
     return answer(_near(request, nearest_implemented(request.app.state.store, _one(request, name).id, size=limit)))
 
 
 @router.get("/papers/{name:path}", response_model=Paper)
+@quick
 def one_paper(request: Request, name: Name) -> Response:
     """One paper, with the methods that run here and are nearest to it."""
     paper = _one(request, re.sub(r"\.json$", "", name))

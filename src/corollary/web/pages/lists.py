@@ -16,6 +16,7 @@ from corollary.web.pages.cards import cards
 from corollary.web.pages.render import respond
 from corollary.web.pages.words import long_day
 from corollary.web.periods import day_of, month_of, week_name, week_of
+from corollary.web.quick import quick
 from corollary.web.store import (
     TRENDING_FORMULA,
     Page,
@@ -59,6 +60,7 @@ def _show_day(request: Request, day: date, asked: date | None, after: str | None
 
 
 @router.get("/")
+@quick
 def today(request: Request) -> Response:
     """The newest day with papers, up to today."""
     day, now = current_day(request.app.state.store), datetime.now(UTC).date()
@@ -74,6 +76,7 @@ def pick(request: Request, date: str = "") -> Response:
 
 
 @router.get("/day/{text}")
+@quick
 def one_day(request: Request, text: str, asked: str | None = None, after: str | None = None) -> Response:
     """One day; an empty one leads to the nearest that has papers."""
     day, store = _named(day_of, text), request.app.state.store

@@ -14,6 +14,7 @@ from corollary.web.jobs import recent_jobs
 from corollary.web.pages.cards import reader_marks
 from corollary.web.pages.render import respond
 from corollary.web.pages.words import paper_address
+from corollary.web.quick import quick
 from corollary.web.search import nearest_implemented, similar
 from corollary.web.store import Note, Store, get_paper
 
@@ -45,6 +46,7 @@ def note_of(store: Store, reader: int | None, paper_id: int) -> str:
 
 
 @router.get("/papers/{name:path}")
+@quick
 def one_paper(request: Request, name: str) -> Response:
     """A paper by its key, arXiv id in any spelling, or slug."""
     app = request.app.state

@@ -11,15 +11,15 @@ import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import func, select
+from sqlalchemy import Connection, func, select
 
-from corollary.web.search.encoders import Floats, unit
+from corollary.web.search.encoders import Floats, to_bytes, unit
 from corollary.web.store import Meta, Store, Vector, rows
 
 TAIL = 50_000  # rows compared one by one before a new file is written
@@ -134,6 +134,7 @@ class VectorIndex:
         self._index: Any = None
         self._seq = 0
         self._ids: NDArray[np.int64] = np.empty(0, np.int64)
+        self._newer: frozenset[int] = frozenset()
         self._tail: Floats = np.empty((0, 0), np.float32)
 
     def refresh(self) -> None:
@@ -160,38 +161,33 @@ class VectorIndex:
                     np.concatenate([old, unit(vectors)]),
                     seq,
                 )
+            self._newer = frozenset(self._ids.tolist())
             self._version = version
 
     def nearest(self, vector: Floats | NDArray[np.int8], count: int) -> list[tuple[int, float]]:
         """The papers nearest to a vector of shape (dims,), with their cosines, most alike first."""
         self.refresh()
+        near: list[tuple[int, float]] = []
         with self._lock:  # a search of usearch is a tenth of a millisecond, and its threads would share one context
-            found: dict[int, float] = {}
+            ids, newer, tail = self._ids, self._newer, self._tail
             if self._index is not None:
-                from corollary.web.search.encoders import to_bytes
-
                 query = vector if vector.dtype == np.int8 else to_bytes(np.asarray(vector[None], dtype=np.float32))[0]
                 matches = self._index.search(query, min(count + 8, len(self._index)), threads=1)
-                newer = np.isin(matches.keys.astype(np.int64), self._ids) if len(self._ids) else None
-                for place, (key, away) in enumerate(zip(matches.keys.tolist(), matches.distances.tolist(), strict=True)):
-                    if newer is None or not newer[place]:
-                        found[key] = 1 - away
-            ids, tail = self._ids, self._tail
+                pairs = zip(matches.keys.tolist(), matches.distances.tolist(), strict=True)
+                near = [(key, 1 - away) for key, away in pairs if key not in newer]
         if len(ids):
             cosines = tail @ unit(vector[None])[0]
             best = np.argpartition(-cosines, count)[:count] if len(ids) > count else np.arange(len(ids))
-            found.update(zip(ids[best].tolist(), cosines[best].tolist(), strict=True))
-        return sorted(found.items(), key=lambda item: (-item[1], item[0]))[:count]
+            near += zip(ids[best].tolist(), cosines[best].tolist(), strict=True)
+        return sorted(near, key=lambda item: (-item[1], item[0]))[:count]
 
-    def of_papers(self, ids: Sequence[int]) -> dict[int, NDArray[np.int8]]:
+    def of_papers(self, ids: Sequence[int], connection: Connection | None = None) -> dict[int, NDArray[np.int8]]:
         """The stored vectors of these papers, of those that have one of the present model."""
         self.refresh()
         found: dict[int, NDArray[np.int8]] = {}
-        with self._store.reading() as connection:
+        with self._store.reading() if connection is None else nullcontext(connection) as open_:
             for start in range(0, len(ids), 1000):
                 names = ", ".join(str(int(i)) for i in ids[start : start + 1000])
                 query = f"SELECT paper_id, vector FROM vectors WHERE paper_id IN ({names}) AND model = ?"
-                found.update(
-                    {paper: np.frombuffer(vector, np.int8) for paper, vector in rows(connection, query, (self.model,))}
-                )
+                found.update({paper: np.frombuffer(vector, np.int8) for paper, vector in rows(open_, query, (self.model,))})
         return found
