@@ -101,7 +101,7 @@ class Verdicts:
         self._sign: tuple[tuple[str, int, int], ...] | None = None
         self._number = 0
         self._board: Board | None = None
-        self._choices: tuple[Board, list[tuple[str, str]]] | None = None
+        self._kept: tuple[Board, list[tuple[str, str]], list[str], dict[str, PaperView]] | None = None
         self._rows: list[Row] = []
 
     def version(self) -> str:
@@ -152,21 +152,32 @@ class Verdicts:
         """The newest row of each claim, as `corollary.claims.store.latest_verdicts` gives them."""
         return self._read()[1]
 
+    def _looked_up(self) -> tuple[Board, list[tuple[str, str]], list[str], dict[str, PaperView]]:
+        """What every page asks of a board, made once for each."""
+        board, kept = self.board, self._kept
+        if kept is None or kept[0] is not board:
+            packages = sorted({str(p.paper.package) for p in board.papers})
+            kept = self._kept = (board, _choices(board), packages, {p.paper.slug: p for p in board.papers})
+        return kept
+
     @property
     def choices(self) -> list[tuple[str, str]]:
-        """The verdicts that a filter can name, those that occur; every page with the filter asks."""
-        board = self.board
-        if self._choices is None or self._choices[0] is not board:
-            self._choices = (board, _choices(board))
-        return self._choices[1]
+        """The verdicts that a filter can name, those that occur."""
+        return self._looked_up()[1]
+
+    @property
+    def packages(self) -> list[str]:
+        """The packages of the records, by name."""
+        return self._looked_up()[2]
+
+    @property
+    def by_slug(self) -> dict[str, PaperView]:
+        """All of them by slug."""
+        return self._looked_up()[3]
 
     def paper(self, slug: str | None) -> PaperView | None:
         """One record with its verdicts; None where there is none."""
-        return next((p for p in self.board.papers if p.paper.slug == slug), None) if slug else None
-
-    def by_slug(self) -> dict[str, PaperView]:
-        """All of them by slug."""
-        return {p.paper.slug: p for p in self.board.papers}
+        return self.by_slug.get(slug) if slug else None
 
     def select(self, package: str = "", verdict: str = "", evidence: str = "") -> list[PaperView]:
         """Papers of a package with at least one claim of this verdict and this strength of evidence; '' leaves a filter out.

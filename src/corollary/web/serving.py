@@ -51,6 +51,8 @@ def _settle(ready: threading.Event) -> None:
         ready.wait()
         gc.collect()
         gc.freeze()
+        # An answer makes thousands of objects, nearly all of which go with it.
+        gc.set_threshold(20_000, 20, 20)
 
     threading.Thread(target=settle, name="corollary-settle", daemon=True).start()
 

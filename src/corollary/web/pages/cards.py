@@ -63,7 +63,7 @@ def reader_marks(store: Store, reader: int | None, ids: Sequence[int]) -> tuple[
 def cards(request: Request, papers: Sequence[PaperView], **more: dict[int, Any]) -> list[Card]:
     """Cards of these papers, in their order; ``more`` gives further fields of `Card` by the paper's id."""
     app = request.app.state
-    records = app.verdicts.by_slug()
+    records = app.verdicts.by_slug
     votes, reading = reader_marks(app.store, who(request).reader, [p.id for p in papers])
     near = nearest_methods(app.store, [p for p in papers if p.slug not in records])
     return [

@@ -31,6 +31,6 @@ def methods(request: Request, q: str = "", package: str = "", verdict: str = "",
     return respond(
         request, "catalogue.html", keep=True, current="methods",
         feeds=(*feed_links("methods", "Methods", package=package, verdict=verdict, evidence=evidence), *feed_links("verdicts", "Verdicts")), board=board, found=found, known=known, q_methods=q, package=package,
-        verdict=verdict, evidence=evidence, packages=sorted({p.paper.package for p in board.papers}),
+        verdict=verdict, evidence=evidence, packages=app.verdicts.packages,
         verdicts=app.verdicts.choices, states=STATES,
     )  # fmt: skip

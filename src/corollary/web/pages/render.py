@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from functools import cache
+from functools import cache, lru_cache
+from html import escape
 from importlib.resources import files
 from typing import Any
 from urllib.parse import urlencode, urlsplit
@@ -40,9 +41,23 @@ def _ago(moment: datetime) -> str:
     return numbers.moment(moment.isoformat())
 
 
-def _pairs(items: Sequence[Any]) -> list[tuple[str, str]]:
-    """What a choice offers: values and words."""
-    return [(item, item) if isinstance(item, str) else (item.key, item.label) for item in items]
+def _choice(name: str, words: str, options: Sequence[str | tuple[str, str]], picked: str, nothing: str = "all") -> Markup:
+    """A form's field that offers values, each with its words or a word for itself."""
+    pairs = tuple((item, item) if isinstance(item, str) else item for item in options)
+    # What is asked for and not offered is not kept.
+    return _select(name, words, pairs, picked if any(picked == value for value, _ in pairs) else "", nothing)
+
+
+@lru_cache(maxsize=256)
+def _select(name: str, words: str, options: tuple[tuple[str, str], ...], picked: str, nothing: str) -> Markup:
+    offered = [
+        f'<option value="{escape(value)}"{" selected" if value == picked else ""}>{escape(text)}</option>'
+        for value, text in options
+    ]
+    return Markup(
+        f'<p><label for="by-{escape(name)}">{escape(words)}</label>\n<select name="{escape(name)}" id="by-{escape(name)}">'
+        f'<option value="">{escape(nothing)}</option>{"".join(offered)}</select></p>'
+    )
 
 
 def _query(**fields: Any) -> str:
@@ -98,6 +113,8 @@ def environment() -> Environment:
         moment=numbers.moment,
         strength=strength,
         strengths=STRENGTHS,
+        strength_choices=[(s.key, s.label) for s in STRENGTHS],
+        choice=_choice,
         long_day=long_day,
         short_day=short_day,
         week_of=week_name,
@@ -112,7 +129,7 @@ def environment() -> Environment:
         people=card_html.people,
         card_list=card_html.card_list,
     )
-    made.filters.update(clip=clip, link=_markup(html.link), pairs=_pairs)
+    made.filters.update(clip=clip, link=_markup(html.link))
     return made
 
 

@@ -82,7 +82,7 @@ def all_runs(request: Request) -> Response:
     """The newest runs."""
     app = request.app.state
     jobs = recent_jobs(app.store)
-    titles = {slug: view.paper.title for slug, view in app.verdicts.by_slug().items()}
+    titles = {slug: view.paper.title for slug, view in app.verdicts.by_slug.items()}
     return respond(request, "runs.html", current="runs", jobs=jobs, titles=titles)
 
 

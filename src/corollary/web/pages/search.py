@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
-from sqlalchemy import delete, select
+from sqlalchemy import delete
 from sqlalchemy.exc import IntegrityError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -17,7 +19,7 @@ from corollary.web.guard import NotSignedIn, checked_form, client, who
 from corollary.web.pages.cards import cards
 from corollary.web.pages.render import back, respond, wants_fragment
 from corollary.web.search import Results, excerpt, highlight, search
-from corollary.web.store import SavedSearch
+from corollary.web.store import SavedSearch, rows
 
 router = APIRouter(include_in_schema=False)
 
@@ -51,23 +53,36 @@ def find(request: Request, q: str = "", mode: str = "", after: str | None = None
             text={p.id: excerpt(p.text, parsed, width=320) for p in papers},
             ranks={hit.paper.id: (hit.words_rank, hit.meaning_rank) for hit in results.hits},
         )  # fmt: skip
-    board = app.verdicts.board
     return respond(
         request, "_hits.html" if wants_fragment(request) else "search.html", keep=True, current="search", q=q,
         feeds=feed_links("search", "This search", q=q, **{k: v for k, v in fields.items() if k != "mode"}) if q else (),
-        fields=fields, results=results, cards=shown, after=after, packages=sorted({p.paper.package for p in board.papers}),
+        fields=fields, results=results, cards=shown, after=after, packages=app.verdicts.packages,
         verdicts=app.verdicts.choices, saved=saved_searches(request),
     )  # fmt: skip
 
 
-def saved_searches(request: Request) -> list[Any]:
+@dataclass(frozen=True)
+class Saved:
+    """A search that a reader keeps."""
+
+    id: int
+    name: str
+    query: str
+    filters: dict[str, str]
+
+
+def saved_searches(request: Request) -> list[Saved]:
     """The reader's own, by name."""
     reader = who(request).reader
     if reader is None:
         return []
-    query = select(SavedSearch.id, SavedSearch.name, SavedSearch.query, SavedSearch.filters)
+    query = "SELECT id, name, query, filters FROM saved_searches WHERE reader_id = ? ORDER BY name"
     with request.app.state.store.reading() as connection:
-        return list(connection.execute(query.where(SavedSearch.reader_id == reader).order_by(SavedSearch.name)))
+        found = rows(connection, query, (reader,))
+    return [
+        Saved(number, name, query, json.loads(filters) if isinstance(filters, str) else filters)
+        for number, name, query, filters in found
+    ]
 
 
 def save_search(request: Request, name: str, query: str, filters: dict[str, str]) -> bool:

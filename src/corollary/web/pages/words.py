@@ -7,6 +7,8 @@ from urllib.parse import quote
 
 from corollary.web.store import PaperView
 
+_MONTHS = ("", "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
 
 def paper_address(paper: PaperView) -> str:
     """Where a paper's page is."""
@@ -30,7 +32,7 @@ def short_day(day: date) -> str:
         >>> short_day(date(2024, 10, 2))
         '2 Oct 2024'
     """
-    return f"{day.day} {day:%b} {day.year}"
+    return f"{day.day} {_MONTHS[day.month]} {day.year}"
 
 
 def clip(text: str, most: int = 420) -> str:

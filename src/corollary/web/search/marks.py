@@ -3,11 +3,53 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from corollary.web.search.text import STOP, root, stem
 from corollary.web.search.types import Parsed
 
 _PIECE = re.compile(r"[^\W_]+")
+
+
+def _wanted(parsed: Parsed) -> set[str]:
+    """The stems of the words that a query asks for."""
+    asked = {*parsed.words, *(w for part in (*parsed.phrases, *parsed.authors) for w in part.split() if w not in STOP)}
+    return {stem(word) for word in asked}
+
+
+def _places(text: str, wanted: set[str]) -> Iterator[tuple[int, int, str]]:
+    """Begin, end and stem of each word of the text whose stem is wanted, in no order."""
+    if not text.isascii():  # folded, its letters would stand elsewhere
+        for match in _PIECE.finditer(text):
+            if (found := root(match[0])) in wanted:
+                yield match.start(), match.end(), found
+        return
+    # A stem is how its words begin, and most words of a text begin otherwise: they are not looked at one by one.
+    low = text.lower()
+    for begins in wanted:
+        at = low.find(begins) if begins else -1
+        while at >= 0:
+            end = at + len(begins)
+            if at == 0 or not low[at - 1].isalnum():
+                word = _PIECE.match(text, at)
+                if word is not None:
+                    end = word.end()
+                    if root(word[0]) == begins:
+                        yield at, end, begins
+            at = low.find(begins, end)
+
+
+def _pieces(text: str, places: list[tuple[int, int, str]]) -> list[tuple[str, bool]]:
+    pieces: list[tuple[str, bool]] = []
+    last = 0
+    for begin, end, _ in places:
+        if begin > last:
+            pieces.append((text[last:begin], False))
+        pieces.append((text[begin:end], True))
+        last = end
+    if last < len(text):
+        pieces.append((text[last:], False))
+    return pieces
 
 
 def highlight(text: str, parsed: Parsed) -> list[tuple[str, bool]]:
@@ -20,34 +62,18 @@ def highlight(text: str, parsed: Parsed) -> list[tuple[str, bool]]:
         >>> highlight("Optimizers save memory", parse("memory optimizer"))
         [('Optimizers', True), (' save ', False), ('memory', True)]
     """
-    asked = {*parsed.words, *(w for part in (*parsed.phrases, *parsed.authors) for w in part.split() if w not in STOP)}
-    wanted = {stem(word) for word in asked}
-    pieces: list[tuple[str, bool]] = []
-    last = 0
-    for match in _PIECE.finditer(text):
-        if root(match[0]) in wanted:
-            if match.start() > last:
-                pieces.append((text[last : match.start()], False))
-            pieces.append((match[0], True))
-            last = match.end()
-    if last < len(text):
-        pieces.append((text[last:], False))
-    return pieces
+    return _pieces(text, sorted(_places(text, _wanted(parsed))))
 
 
 def excerpt(text: str, parsed: Parsed, *, width: int = 240) -> list[tuple[str, bool]]:
     """About ``width`` letters of the text where most of the query's words stand, cut between words, in pieces as `highlight`'s."""
+    wanted = _wanted(parsed)
     if len(text) <= width:
-        return highlight(text, parsed)
-    places: list[tuple[int, str]] = []
-    at = 0
-    for piece, hit in highlight(text, parsed):
-        if hit:
-            places.append((at, root(piece)))
-        at += len(piece)
+        return _pieces(text, sorted(_places(text, wanted)))
+    places = sorted(_places(text, wanted))
     best, start = -1, 0
-    for first, (begin, _) in enumerate(places):
-        found = {word for place, word in places[first : first + 60] if place < begin + width - 40}
+    for first, (begin, _, _) in enumerate(places):
+        found = {word for place, _, word in places[first : first + 60] if place < begin + width - 40}
         if len(found) > best:
             best, start = len(found), begin
     start = max(0, min(start - 40, len(text) - width))
@@ -57,4 +83,5 @@ def excerpt(text: str, parsed: Parsed, *, width: int = 240) -> list[tuple[str, b
     if end < len(text):
         end = max(text.rfind(" ", start, end), start + 1)
     cut = ("… " if start else "") + text[start:end] + (" …" if end < len(text) else "")
-    return highlight(cut, parsed)
+    shift = (2 if start else 0) - start
+    return _pieces(cut, [(a + shift, b + shift, word) for a, b, word in places if start <= a and b <= end])
