@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 from pydantic import TypeAdapter
 from tests.web import samples
-from tests.web.filled import HERE, filled, page
+from tests.web.filled import HERE, page
 
 from corollary.web.api import schemas
 from corollary.web.app import create_app
@@ -22,12 +22,11 @@ from corollary.web.store import Reader, Vote, get_paper, open_store, vote
 
 
 @pytest.fixture
-def full(tmp_path):
-    store = filled(tmp_path / "full")
+def full(issue_store, tmp_path):
+    store = issue_store
     (tmp_path / "day.json").write_text(json.dumps(samples.HF_DAY))
     Importer(store).run(str(tmp_path / "day.json"))
-    yield store
-    store.close()
+    return store
 
 
 @pytest.fixture

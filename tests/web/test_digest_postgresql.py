@@ -8,7 +8,6 @@ from datetime import timedelta
 
 from tests.web.mailbox import mailbox
 from tests.web.test_digest_killed import PEOPLE, confirmed
-from tests.web.test_postgresql import lab, pytestmark, server, url
 
 from corollary.web.board import Verdicts
 from corollary.web.digest import confirm, flush, outbox, queue_digests, subscribe
@@ -16,8 +15,6 @@ from corollary.web.digest.subscriptions import find, unsubscribe
 from corollary.web.guard import Sessions
 from corollary.web.settings import Settings
 from corollary.web.store import Paper, now
-
-__all__ = ["lab", "pytestmark", "server", "url"]
 
 
 def test_from_subscribing_to_the_end(lab, tmp_path):

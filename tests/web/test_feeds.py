@@ -10,7 +10,7 @@ import feedparser
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.web.filled import HERE, filled, page
+from tests.web.filled import HERE, page
 
 from corollary.web.feeds.write import Entry, Feed, atom, json_feed, rss
 from corollary.web.guard.sessions import OWN_READER
@@ -24,12 +24,11 @@ LISTS = (
 
 
 @pytest.fixture
-def full(tmp_path):
-    store = filled(tmp_path / "full")
+def full(issue_store):
+    store = issue_store
     record_verdicts(store, [{"slug": "fira", "claim": "c", "verdict": "inconclusive", "statement": "A < B & C"}])
     record_verdicts(store, [{"slug": "fira", "claim": "c", "verdict": "supported at this scale", "statement": "A < B & C"}])
-    yield store
-    store.close()
+    return store
 
 
 @pytest.mark.parametrize("path", LISTS)

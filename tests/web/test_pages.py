@@ -9,7 +9,7 @@ from datetime import date
 
 import pytest
 from sqlalchemy import select
-from tests.web.filled import filled, page
+from tests.web.filled import page
 
 from corollary.claims.record import catalogue
 from corollary.claims.store import published_results
@@ -23,10 +23,8 @@ EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)>'
 
 
 @pytest.fixture
-def store(tmp_path):
-    opened = filled(tmp_path / "full")
-    yield opened
-    opened.close()
+def store(issue_store):
+    return issue_store
 
 
 @pytest.fixture

@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import pwd
-import shutil
-import socket
-import subprocess
-import time
-from collections.abc import Iterator
 from datetime import date, timedelta
-from pathlib import Path
 
 import pytest
 from sqlalchemy import text
@@ -21,90 +13,6 @@ from corollary.web import store as s
 from corollary.web.importers import Importer, export, first_issue
 from corollary.web.importers.archive import rows
 from corollary.web.search import Filters, catch_up, nearest_implemented, search, similar
-
-BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres")) if Path("/usr/lib/postgresql").is_dir() else []
-pytestmark = pytest.mark.skipif(not BINARIES or os.name != "posix", reason="no PostgreSQL server of Debian's package here")
-
-
-def _user() -> str | None:
-    """Who the server runs as: it refuses root."""
-    if os.getuid() != 0:
-        return None
-    for name in ("postgres", "nobody"):
-        try:
-            pwd.getpwnam(name)
-        except KeyError:
-            continue
-        return name
-    pytest.skip("root here, and no other user for the server to run as")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[str]:
-    """A server with nothing in it; its URL without a database."""
-    pytest.importorskip("psycopg", reason="extra postgres is not installed")
-    user = _user()
-    # The socket's path must be short, and the folder the server's own.
-    root = Path(f"/tmp/corollary-pg-{os.getpid()}")
-    root.mkdir()
-    bin_ = BINARIES[-1].parent
-    if user is not None:
-        account = pwd.getpwnam(user)
-        os.chown(root, account.pw_uid, account.pw_gid)
-    run = {
-        "user": user,
-        "cwd": root,
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.STDOUT,
-        "env": {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"},
-    }
-    made = subprocess.run(
-        [bin_ / "initdb", "-D", root / "data", "-A", "trust", "-U", "lab", "-E", "UTF8", "--no-sync"], check=False, **run
-    )
-    if made.returncode:
-        shutil.rmtree(root, ignore_errors=True)
-        pytest.skip(f"initdb does not run here: {made.stdout.decode()[-200:]}")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        [bin_ / "postgres", "-D", root / "data", "-k", root, "-p", str(port), "-c", "listen_addresses=127.0.0.1", "-F"], **run
-    )
-    try:
-        for _ in range(100):
-            if (
-                subprocess.run(
-                    [bin_ / "pg_isready", "-h", "127.0.0.1", "-p", str(port)], check=False, capture_output=True
-                ).returncode
-                == 0
-            ):
-                break
-            time.sleep(0.1)
-        else:
-            pytest.skip("the server does not come up here")
-        yield f"postgresql://lab@127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(timeout=20)
-        shutil.rmtree(root, ignore_errors=True)
-
-
-@pytest.fixture
-def url(server) -> str:
-    """A fresh database."""
-    import psycopg
-
-    name = f"t{time.monotonic_ns()}"
-    with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    return f"{server}/{name}"
-
-
-@pytest.fixture
-def lab(url, tmp_path) -> Iterator[s.Store]:
-    opened = s.open_store(url, tmp_path / "lab")
-    yield opened
-    opened.close()
 
 
 def test_lists_votes_and_versions(lab):

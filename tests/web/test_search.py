@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import threading
 from collections import Counter
 from datetime import date, timedelta
@@ -33,7 +34,7 @@ from corollary.web.search import (
 )  # fmt: skip
 from corollary.web.search import vectors as vectors_module
 from corollary.web.search.encoders import Lsa, to_bytes, unit
-from corollary.web.search.text import stem, tokens
+from corollary.web.search.text import fold, stem, tokens
 from corollary.web.search.vectors import VectorIndex
 from corollary.web.search.vocabulary import Vocabulary, distance
 
@@ -133,6 +134,28 @@ def test_highlighting_loses_nothing(text_, query):
     for piece, hit in highlight(text_, parsed):
         if hit:
             assert stem(tokens(piece)[0]) in wanted
+
+
+WORDS = st.sampled_from(
+    ["rank", "Ranks", "ranking", "low", "slow", "optimizers", "Optim", "optimizing", "é", "naïve", "a_rank", "x2", "2x"]
+)
+
+
+@given(
+    st.lists(st.tuples(WORDS, st.sampled_from([" ", "-", "_", ". ", ""]))),
+    st.lists(WORDS, min_size=1, max_size=3).map(" ".join),
+)
+def test_highlighting_marks_every_word_that_is_asked_for(parts, query):
+    """Word by word, as the definition says: those whose stem is that of a word asked for, and no others."""
+    text_, parsed = "".join(word + gap for word, gap in parts), parse(query)
+    marked, at = set(), 0
+    for piece, hit in highlight(text_, parsed):
+        if hit:
+            marked.add((at, piece))
+        at += len(piece)
+    asked = {stem(word) for word in parsed.words}
+    found = {(m.start(), m[0]) for m in re.finditer(r"[^\W_]+", text_) if stem(fold(m[0])) in asked}
+    assert marked == found
 
 
 def test_the_excerpt_is_where_the_words_are():
@@ -261,6 +284,36 @@ def test_catching_up_killed_anywhere_goes_on(tmp_path, monkeypatch):
         assert (rows, terms) == (wanted := wanted or (rows, terms)), n
         assert len(rows) == 80
         opened.close()
+
+
+def pieces_of_words(store):
+    """How many pieces the index of words is in, out of the record of its structure as SQLite's fts5_index.c describes it."""
+    with store.reading() as connection:
+        record = connection.exec_driver_sql("SELECT block FROM words_data WHERE id = 10").scalar_one()
+    numbers, value = [], 0
+    for byte in record[4:]:  # after the cookie: integers of 7 bits a byte, the last byte of each below 128
+        value = value << 7 | byte & 127
+        if byte < 128:
+            numbers.append(value)
+            value = 0
+    return numbers[1]
+
+
+def test_the_index_of_words_comes_into_one_piece(store, monkeypatch):
+    monkeypatch.setattr("corollary.web.search.engine._MERGED_AT_ONCE", 1)
+    for i in range(6):
+        put(store, [{"key": f"b{i}-{j}", "title": f"alpha word{i} thing{j}"} for j in range(50)])
+    assert pieces_of_words(store) > 1
+    catch_up(store)
+    assert pieces_of_words(store) == 1
+    put(store, [{"key": "one more", "title": "alpha omega"}])
+    catch_up(store)
+    assert pieces_of_words(store) == 2, "one paper of 301 is no reason to write everything anew"
+    assert [hit.paper.key for hit in search(store, "omega").hits] == ["one more"]
+    put(store, [{"key": f"c{j}", "title": f"alpha omega{j}"} for j in range(40)])
+    catch_up(store)
+    assert pieces_of_words(store) == 1
+    assert len(search(store, "alpha", size=100).hits) > 50
 
 
 def test_vectors_follow_a_change_of_model_and_of_text(store):

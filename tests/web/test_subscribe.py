@@ -9,7 +9,7 @@ import time
 import pytest
 from sqlalchemy import select
 from starlette.testclient import TestClient
-from tests.web.filled import filled, page
+from tests.web.filled import page
 from tests.web.mailbox import SENDER, link, mailbox
 from tests.web.test_digest_killed import confirmed
 
@@ -24,10 +24,8 @@ HTML = {"accept": "text/html"}
 
 
 @pytest.fixture
-def store(tmp_path):
-    opened = filled(tmp_path / "full")
-    yield opened
-    opened.close()
+def store(issue_store):
+    return issue_store
 
 
 @pytest.fixture
