@@ -14,6 +14,7 @@ from tests.web.filled import page
 from corollary.claims.record import catalogue
 from corollary.claims.store import published_results
 from corollary.web.guard import Sessions
+from corollary.web.guard.kept import Kept, Pages
 from corollary.web.importers import Importer
 from corollary.web.search import catch_up
 from corollary.web.settings import Settings
@@ -363,3 +364,29 @@ def test_a_kept_page_gives_way_to_what_is_new(client, store, tmp_path):
     )
     load(store, tmp_path, {"id": "2410.99999", "title": "Came in later", "date": "2024-10-02"})
     assert "Came in later" in client.get("/day/2024-10-02").text
+
+
+def test_pages_are_kept_within_a_budget():
+    """The newest as they are; of the others those that were asked for again."""
+    pages = Pages(fresh=10_000, pressed=400)
+    for i in range(30):
+        pages.put(i, Kept(200, [(b"n", str(i).encode())], bytes([65 + i]) * 1000))
+        assert pages.get(3) is not None or i < 3
+    assert [i for i in range(30) if pages.get(i) is not None] == [3, *range(21, 30)]
+    assert pages.get(3).body == b"D" * 1000  # asked for each time, it has never been the oldest
+    for i in range(30, 60):
+        pages.put(i, Kept(200, [], bytes([65 + i]) * 1000))
+    kept = [i for i in range(60) if pages.get(i) is not None]
+    assert kept[-10:] == [*range(50, 60)]
+    assert len(kept) > 10, "of the older, those asked for again are pressed"
+    assert all(pages.get(i).body == bytes([65 + i]) * 1000 and pages.get(i).headers is not None for i in kept)
+    for i in range(100, 500):
+        pages.put(i, Kept(200, [], b"x" * 1000))
+        pages.get(i)
+    assert len([i for i in range(500) if pages.get(i) is not None]) < 10 + 400 / 15, (
+        "a thousand equal letters take some 15 bytes"
+    )
+    pages.put("large", Kept(200, [], b"x" * (2**20 + 1)))
+    assert pages.get("large") is None
+    pages.clear()
+    assert pages.get(59) is None

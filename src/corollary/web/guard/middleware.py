@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import zlib
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from corollary.web.guard.kept import Kept, Pages
 from corollary.web.guard.sessions import Sessions, Who
 from corollary.web.settings import Settings
 
@@ -22,12 +21,6 @@ POLICY = (
     "base-uri 'none'; frame-ancestors 'none'"
 )
 KEEP = "x-corollary-keep"  # a page that may be kept says so by this header, which goes no further
-_KEPT_BYTES = 64 * 2**20
-_LARGEST_KEPT = 2**20
-
-Kept = tuple[
-    int, list[tuple[bytes, bytes]], bytes
-]  # status, headers, and the body: pressed to a fifth, in a fifth of a millisecond
 
 
 class Guard:
@@ -42,8 +35,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: Settings, sessions: Sessions, version: Callable[[], str]) -> None:
         self.app, self.settings, self.sessions, self.version = app, settings, sessions, version
-        self._pages: OrderedDict[tuple[Any, ...], Kept] = OrderedDict()
-        self._bytes = 0
+        self._pages = Pages()
         self._seen = ""
         self._making: dict[tuple[Any, ...], asyncio.Future[Kept | None]] = {}
         fixed = {
@@ -148,26 +140,23 @@ class Guard:
         """Send a page that was kept, or let the app make it: once, however many ask for it meanwhile."""
         version = self.version()
         if self._seen != version:
-            self._seen, self._bytes = version, 0
+            self._seen = version
             self._pages.clear()
             self._making = {}
         making = self._making
         key = (scope["path"], scope["query_string"], who.reader, headers.get("hx-request"), headers.get("host"))
         kept = self._pages.get(key)
-        if kept is not None:
-            self._pages.move_to_end(key)
-            kept = (kept[0], kept[1], zlib.decompress(kept[2]))
-        elif key in making:
+        if kept is None and key in making:
             kept = await making[key]
             if kept is None:
                 await self._pass(scope, receive, send, who)
                 return
-        else:
+        elif kept is None:
             done = making[key] = asyncio.get_running_loop().create_future()
             try:
                 kept = await self._make(scope, receive, send, who, done)
                 if kept is not None and making is self._making:
-                    self._keep(key, kept)
+                    self._pages.put(key, kept)
             finally:
                 making.pop(key, None)
                 if not done.done():
@@ -203,23 +192,11 @@ class Guard:
             await send(message)
 
         await self.app(scope, self._counted(receive), out)
-        return (status, raw, b"".join(parts)) if keep else None
-
-    def _keep(self, key: tuple[Any, ...], kept: Kept) -> None:
-        status, raw, body = kept
-        if len(body) > _LARGEST_KEPT:
-            return
-        pressed = zlib.compress(body, 1)
-        self._pages[key] = (status, raw, pressed)
-        self._bytes += len(pressed)
-        while self._bytes > _KEPT_BYTES:
-            _, (_, _, body) = self._pages.popitem(last=False)
-            self._bytes -= len(body)
+        return Kept(status, raw, b"".join(parts)) if keep else None
 
     async def _send(self, kept: Kept, send: Send, who: Who) -> None:
-        status, raw, body = kept
-        headers = MutableHeaders(raw=list(raw))
+        headers, body = MutableHeaders(raw=list(kept.headers)), kept.body
         if self._dress(headers, who):
             body = self._with_token(body, who)
-        await send({"type": "http.response.start", "status": status, "headers": headers.raw})
+        await send({"type": "http.response.start", "status": kept.status, "headers": headers.raw})
         await send({"type": "http.response.body", "body": body})

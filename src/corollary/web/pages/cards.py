@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from fastapi import Request
+from sqlalchemy import Connection
 
 from corollary.report.views import PaperView as RecordView
 from corollary.web.guard import who
@@ -33,11 +34,13 @@ class Card:
     ranks: tuple[int | None, int | None] | None = None
 
 
-def nearest_methods(store: Store, papers: Sequence[PaperView]) -> dict[int, tuple[PaperView, float]]:
+def nearest_methods(
+    store: Store, papers: Sequence[PaperView], connection: Connection | None = None
+) -> dict[int, tuple[PaperView, float]]:
     """For each of many papers the method that runs here and is most like it, with its likeness."""
     tool = searcher(store)
     methods, vectors = tool.implemented()
-    own = tool.vectors.of_papers([p.id for p in papers]) if methods else {}
+    own = tool.vectors.of_papers([p.id for p in papers], connection) if methods else {}
     if not own:
         return {}
     cosines = unit(np.array(list(own.values()), np.float32)) @ vectors.T
@@ -49,14 +52,13 @@ def nearest_methods(store: Store, papers: Sequence[PaperView]) -> dict[int, tupl
     return found
 
 
-def reader_marks(store: Store, reader: int | None, ids: Sequence[int]) -> tuple[set[int], dict[int, str]]:
+def reader_marks(connection: Connection, reader: int | None, ids: Sequence[int]) -> tuple[set[int], dict[int, str]]:
     """Which of these papers a reader has voted for, and the state of those on the reading list."""
     if reader is None or not ids:
         return set(), {}
-    with store.reading() as connection:
-        names = f"IN ({', '.join(str(int(i)) for i in ids)}) AND reader_id = ?"
-        own = rows(connection, f"SELECT paper_id FROM votes WHERE paper_id {names}", (reader,))
-        kept = rows(connection, f"SELECT paper_id, state FROM reading_items WHERE paper_id {names}", (reader,))
+    names = f"IN ({', '.join(str(int(i)) for i in ids)}) AND reader_id = ?"
+    own = rows(connection, f"SELECT paper_id FROM votes WHERE paper_id {names}", (reader,))
+    kept = rows(connection, f"SELECT paper_id, state FROM reading_items WHERE paper_id {names}", (reader,))
     return {paper for (paper,) in own}, dict(kept)
 
 
@@ -64,8 +66,9 @@ def cards(request: Request, papers: Sequence[PaperView], **more: dict[int, Any])
     """Cards of these papers, in their order; ``more`` gives further fields of `Card` by the paper's id."""
     app = request.app.state
     records = app.verdicts.by_slug
-    votes, reading = reader_marks(app.store, who(request).reader, [p.id for p in papers])
-    near = nearest_methods(app.store, [p for p in papers if p.slug not in records])
+    with app.store.reading() as connection:
+        votes, reading = reader_marks(connection, who(request).reader, [p.id for p in papers])
+        near = nearest_methods(app.store, [p for p in papers if p.slug not in records], connection)
     return [
         Card(
             paper,

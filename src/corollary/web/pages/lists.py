@@ -27,6 +27,7 @@ from corollary.web.store import (
     nearest_day,
     neighbours,
     papers_between,
+    papers_of_day,
     trending,
 )
 
@@ -50,12 +51,11 @@ def _paged(store: Store, first: date, last: date, after: str | None) -> Page:
         raise HTTPException(404, "this page of the list does not exist") from error
 
 
-def _show_day(request: Request, day: date, asked: date | None, after: str | None) -> Response:
-    store = request.app.state.store
-    page, (before, later) = _paged(store, day, day, after), neighbours(store, day)
+def _show_day(request: Request, day: date, asked: date | None, after: str | None, page: Page) -> Response:
+    before, later = neighbours(request.app.state.store, day)
     return respond(
-        request, "day.html", keep=True, current="day", feeds=feed_links("papers", "Newest papers"), day=day, asked=asked, cards=cards(request, page.papers), next=page.next,
-        before=before, later=later, after=after,
+        request, "day.html", keep=True, current="day", feeds=feed_links("papers", "Newest papers"), day=day, asked=asked,
+        cards=cards(request, page.papers), next=page.next, before=before, later=later, after=after,
     )  # fmt: skip
 
 
@@ -63,10 +63,11 @@ def _show_day(request: Request, day: date, asked: date | None, after: str | None
 @quick
 def today(request: Request) -> Response:
     """The newest day with papers, up to today."""
-    day, now = current_day(request.app.state.store), datetime.now(UTC).date()
+    store = request.app.state.store
+    day, now = current_day(store), datetime.now(UTC).date()
     if day is None:
         return respond(request, "empty.html", current="day")
-    return _show_day(request, day, now if day != now else None, None)
+    return _show_day(request, day, now if day != now else None, None, papers_of_day(store, day))
 
 
 @router.get("/day")
@@ -80,12 +81,14 @@ def pick(request: Request, date: str = "") -> Response:
 def one_day(request: Request, text: str, asked: str | None = None, after: str | None = None) -> Response:
     """One day; an empty one leads to the nearest that has papers."""
     day, store = _named(day_of, text), request.app.state.store
-    nearest = nearest_day(store, day)
-    if nearest is None:
-        return respond(request, "empty.html", current="day")
-    if nearest != day:
-        return RedirectResponse(f"/day/{nearest.isoformat()}?asked={day.isoformat()}", 303)
-    return _show_day(request, day, _named(day_of, asked) if asked else None, after)
+    page = _paged(store, day, day, after)
+    if not page.papers:
+        nearest = nearest_day(store, day)
+        if nearest is None:
+            return respond(request, "empty.html", current="day")
+        if nearest != day:
+            return RedirectResponse(f"/day/{nearest.isoformat()}?asked={day.isoformat()}", 303)
+    return _show_day(request, day, _named(day_of, asked) if asked else None, after, page)
 
 
 @router.get("/week/{text}")

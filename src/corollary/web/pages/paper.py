@@ -57,7 +57,8 @@ def one_paper(request: Request, name: str) -> Response:
     if paper is not None and paper.key != name:
         return RedirectResponse(paper_address(paper), 303)
     reader = who(request).reader
-    voted, reading = reader_marks(app.store, reader, [paper.id] if paper else [])
+    with app.store.reading() as connection:
+        voted, reading = reader_marks(connection, reader, [paper.id] if paper else [])
     near = nearest_implemented(app.store, paper.id) if paper else []
     return respond(
         request, "paper.html", keep=True, current="methods" if record else "", paper=paper, record=record,
