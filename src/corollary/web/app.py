@@ -145,9 +145,12 @@ def create_app(
     state.limits, state.mail, state.ready = Limits(), mail, threading.Event()
     state.outbox = digest.OutboxRunner(store, mail) if mail is not None else None
     state.jobs = JobRunner(store, settings, changed) if settings.jobs and runner else None
-    for router in (static, api.router, feeds.router, digest.router, account.router):
+    app.include_router(static)
+    for router in (lists.router, search.router):  # what is asked for most is matched first
+        app.include_router(router, dependencies=[Depends(reading)])
+    for router in (api.router, feeds.router, digest.router, account.router):
         app.include_router(router)
-    for router in (lists.router, search.router, catalogue.router, paper.router, desk.router, runs.router):
+    for router in (catalogue.router, paper.router, desk.router, runs.router):
         app.include_router(router, dependencies=[Depends(reading)])
     errors.install(app)
     app.add_middleware(errors.Broken)

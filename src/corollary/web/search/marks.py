@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 
 from corollary.web.search.text import STOP, root, stem
 from corollary.web.search.types import Parsed
@@ -11,13 +13,14 @@ from corollary.web.search.types import Parsed
 _PIECE = re.compile(r"[^\W_]+")
 
 
-def _wanted(parsed: Parsed) -> set[str]:
-    """The stems of the words that a query asks for."""
+@lru_cache(maxsize=64)
+def _wanted(parsed: Parsed) -> frozenset[str]:
+    """The stems of the words that a query asks for; a page of hits asks forty times."""
     asked = {*parsed.words, *(w for part in (*parsed.phrases, *parsed.authors) for w in part.split() if w not in STOP)}
-    return {stem(word) for word in asked}
+    return frozenset(stem(word) for word in asked)
 
 
-def _places(text: str, wanted: set[str]) -> Iterator[tuple[int, int, str]]:
+def _places(text: str, wanted: frozenset[str]) -> Iterator[tuple[int, int, str]]:
     """Begin, end and stem of each word of the text whose stem is wanted, in no order."""
     if not text.isascii():  # folded, its letters would stand elsewhere
         for match in _PIECE.finditer(text):
@@ -71,11 +74,17 @@ def excerpt(text: str, parsed: Parsed, *, width: int = 240) -> list[tuple[str, b
     if len(text) <= width:
         return _pieces(text, sorted(_places(text, wanted)))
     places = sorted(_places(text, wanted))
-    best, start = -1, 0
-    for first, (begin, _, _) in enumerate(places):
-        found = {word for place, _, word in places[first : first + 60] if place < begin + width - 40}
-        if len(found) > best:
-            best, start = len(found), begin
+    best, start, last = 0, 0, 0
+    inside: Counter[str] = Counter()  # the words that stand within the width from where a word begins
+    for begin, _, word in places:
+        while last < len(places) and places[last][0] < begin + width - 40:
+            inside[places[last][2]] += 1
+            last += 1
+        if len(inside) > best:
+            best, start = len(inside), begin
+        inside[word] -= 1
+        if not inside[word]:
+            del inside[word]
     start = max(0, min(start - 40, len(text) - width))
     if start:
         start = text.find(" ", start) + 1 or start
