@@ -34,7 +34,7 @@ def scale_table(text: str, results: Path) -> str:
         MARK,
         f"{built['papers']:,} generated papers, {built['import_per_second']:,.0f} imported a second ({built['import_peak_mb']:,.0f} MB at "
         f"most) and {built['index_per_second']:,.0f} indexed; the database takes {built['database_mb'] / 1000:.1f} GB, the vectors "
-        f"{built['vectors_mb'] / 1000:.1f} GB. {found['workers']} server processes of {max(found['server_private_mb']):,.0f} MB each answer "
+        f"{built['vectors_mb'] / 1000:.1f} GB. `corollary serve --workers {found['workers']}`, {max(found['server_private_mb']):,.0f} MB to a process, answers "
         "50 connections that ask again as soon as they are answered, from another process:\n\n"
         + table(head, rows)
         + "\nDays' pages are asked for as readers do, the newer the more; *any day's page* takes all days alike, of which few are kept. "
