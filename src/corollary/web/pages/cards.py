@@ -14,7 +14,7 @@ from corollary.report.views import PaperView as RecordView
 from corollary.web.guard import who
 from corollary.web.search.encoders import unit
 from corollary.web.search.engine import searcher
-from corollary.web.store import PaperView, Store, rows
+from corollary.web.store import PaperView, Store, places, rows
 
 _LIKENESS = 0.35  # a method whose likeness is below this is not worth naming on a card
 
@@ -56,9 +56,9 @@ def reader_marks(connection: Connection, reader: int | None, ids: Sequence[int])
     """Which of these papers a reader has voted for, and the state of those on the reading list."""
     if reader is None or not ids:
         return set(), {}
-    names = f"IN ({', '.join(str(int(i)) for i in ids)}) AND reader_id = ?"
-    own = rows(connection, f"SELECT paper_id FROM votes WHERE paper_id {names}", (reader,))
-    kept = rows(connection, f"SELECT paper_id, state FROM reading_items WHERE paper_id {names}", (reader,))
+    these = f"reader_id = ? AND paper_id IN ({places(ids)})"
+    own = rows(connection, f"SELECT paper_id FROM votes WHERE {these}", (reader, *ids))
+    kept = rows(connection, f"SELECT paper_id, state FROM reading_items WHERE {these}", (reader, *ids))
     return {paper for (paper,) in own}, dict(kept)
 
 

@@ -174,7 +174,8 @@ def search(
                 scores[paper] = scores.get(paper, 0.0) + 1 / (FUSION + rank)
         if named is not None and by_words.allowed(connection, filters, [named.id]):
             scores[named.id] = 1.0
-        order = sorted(scores, key=lambda paper: (-scores[paper], ranks["words"].get(paper, MOST), -paper))[:MOST]
+        first = ranks["words"]
+        order = [paper for *_, paper in sorted((-score, first.get(i, MOST), -i, i) for i, score in scores.items())][:MOST]
         papers = views(connection, order[start : start + size])
     hits = [Hit(p, scores[p.id], ranks["words"].get(p.id), ranks["meaning"].get(p.id)) for p in papers]
     return Results(hits, parsed, str(start + size) if len(order) > start + size else None)

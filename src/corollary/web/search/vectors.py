@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from sqlalchemy import Connection, func, select
 
 from corollary.web.search.encoders import Floats, to_bytes, unit
-from corollary.web.store import Meta, Store, Vector, rows
+from corollary.web.store import Meta, Store, Vector, places, rows
 
 TAIL = 50_000  # rows compared one by one before a new file is written
 SMALLEST = 4096  # a store of fewer papers needs no file
@@ -187,7 +187,8 @@ class VectorIndex:
         found: dict[int, NDArray[np.int8]] = {}
         with self._store.reading() if connection is None else nullcontext(connection) as open_:
             for start in range(0, len(ids), 1000):
-                names = ", ".join(str(int(i)) for i in ids[start : start + 1000])
-                query = f"SELECT paper_id, vector FROM vectors WHERE paper_id IN ({names}) AND model = ?"
-                found.update({paper: np.frombuffer(vector, np.int8) for paper, vector in rows(open_, query, (self.model,))})
+                some = ids[start : start + 1000]
+                query = f"SELECT paper_id, vector FROM vectors WHERE paper_id IN ({places(some)}) AND model = ?"
+                got = rows(open_, query, (*some, self.model))
+                found.update({paper: np.frombuffer(vector, np.int8) for paper, vector in got})
         return found

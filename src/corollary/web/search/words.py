@@ -22,7 +22,7 @@ from sqlalchemy.exc import OperationalError
 from corollary.web.search.text import fold, stem
 from corollary.web.search.types import Filters, Parsed
 from corollary.web.search.vocabulary import Vocabulary
-from corollary.web.store import Store, driver, rows
+from corollary.web.store import Store, driver, places, rows
 
 BUDGET = 600  # postings that a ranking by the engine may read
 TOGETHER = 40  # papers taken that have all words
@@ -233,15 +233,14 @@ def rerank(connection: Connection, ids: Sequence[int], parsed: Parsed, counts: d
     total = 2 * max(counts.values(), default=1) + len(ids)
     stems = [(stem(word), math.log(1 + total / count)) for word, count in list(counts.items())[:60]]
     phrase = " ".join(parsed.words)
-    names = ", ".join(map(str, ids))
-    found = rows(connection, f"SELECT id, title, authors, abstract, summary, keywords FROM papers WHERE id IN ({names})")
+    query = f"SELECT id, title, authors, abstract, summary, keywords FROM papers WHERE id IN ({places(ids)})"
     scores: dict[int, float] = {}
-    for paper, title, authors, abstract, summary, keywords in found:
+    for paper, title, authors, abstract, summary, keywords in rows(connection, query, ids):
         head, body = fold(title), fold(f"{authors}\n{keywords}\n{summary}\n{abstract}")
         score = 0.0
         for start, weight in stems:
-            n = 4 * head.count(start) + body.count(start)
-            score += weight * n / (n + 1.5)
+            if n := 4 * head.count(start) + body.count(start):
+                score += weight * n / (n + 1.5)
         if phrase and phrase in head:
             score *= 1.5
         scores[paper] = score

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from sqlalchemy import Connection, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from corollary.web.store.engine import Store, rows
+from corollary.web.store.engine import Store, places, rows
 from corollary.web.store.schema import Paper, Vote, now
 
 PAGE = 30
@@ -167,7 +167,7 @@ def views(connection: Connection, ids: Sequence[int]) -> list[PaperView]:
     """As `papers_by_id`, on a connection at hand."""
     if not ids:
         return []
-    found = _papers(connection, f"id IN ({', '.join(str(int(i)) for i in ids)})")
+    found = _papers(connection, f"id IN ({places(ids)})", ids)
     by_id = {paper.id: paper for paper in found}
     return [by_id[i] for i in ids if i in by_id]
 
