@@ -8,11 +8,11 @@ from datetime import date, timedelta
 from html.parser import HTMLParser
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 from tests.web.filled import filled
 from tests.web.mailbox import SENDER, link, mailbox
 
-from corollary.web.board import Verdicts
+from corollary.web.board import Verdicts, standing
 from corollary.web.digest import compose, flush, outbox, queue_digests, unsubscribe
 from corollary.web.digest.mailer import Mailer, MailSettings, check_address, person
 from corollary.web.digest.subscriptions import change, confirm, pending, subscribe
@@ -149,6 +149,18 @@ def test_text_is_well_set_and_html_is_inert(place):
     raw = place.box.raw[-1]
     assert raw.isascii()
     assert max(map(len, raw.split(b"\r\n"))) <= 998
+
+
+def test_a_paper_that_runs_here_carries_its_verdict(place):
+    place.subscribed(kind="all")
+    with place.store.writing() as session:  # Fira comes in today
+        session.execute(update(Paper).where(Paper.slug == "fira").values(created_at=now(), day=TODAY))
+    (mail,) = place.digest()
+    words = standing(place.verdicts.paper("fira")).words
+    assert "of 7 claims hold here" in words
+    for body in (_text(mail), _html(mail)):
+        assert words[0].upper() + words[1:] in " ".join(body.split())
+        assert "corollary verify fira" in body
 
 
 def test_verdicts_that_changed(place):

@@ -24,7 +24,7 @@ from corollary.web.digest.subscriptions import about, forget_unconfirmed
 from corollary.web.guard import Sessions
 from corollary.web.pages.cards import nearest_methods
 from corollary.web.pages.render import environment
-from corollary.web.pages.words import long_day, paper_address, short_day
+from corollary.web.pages.words import long_day, paper_address, people, short_day
 from corollary.web.periods import week_name
 from corollary.web.search import rank_for, search
 from corollary.web.search.types import Filters
@@ -224,13 +224,6 @@ def _set(text: str, indent: str = "", first: str | None = None) -> str:
     )
 
 
-def people(authors: Sequence[str]) -> str:
-    """The first names of a list."""
-    return ", ".join(authors[:4]) + (
-        f" and {len(authors) - 4} others" if len(authors) > 5 else "" if len(authors) < 5 else f", {authors[4]}"
-    )
-
-
 def plain(papers: Sequence[Found], changes: Sequence[Change], more: int, head: str, address: str, leave: str) -> str:
     """The mail as text."""
     parts = [_set(head)]
@@ -310,7 +303,7 @@ def write(
     # Quoted-printable: short lines, and seven bits, whatever the server between can take.
     message.set_content(plain(found, told, more, head, base, leave), cte="quoted-printable")
     context = {
-        "papers": found, "changes": told, "more_changes": more, "day": day, "frequency": row.frequency, "people": people, "heading": _heading(told), "short": _short,
+        "papers": found, "changes": told, "more_changes": more, "day": day, "frequency": row.frequency, "standing": standing, "heading": _heading(told), "short": _short,
         "about": about(row.kind, row.value), "leave": leave, "address": base,
     }  # fmt: skip
     page = environment().get_template("digest.html").render(context)

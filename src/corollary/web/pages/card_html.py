@@ -15,7 +15,7 @@ from markupsafe import Markup
 from corollary.report import html, shell
 from corollary.report.views import PaperView as RecordView
 from corollary.web.board import standing
-from corollary.web.pages.words import clip, paper_address, short_day
+from corollary.web.pages.words import clip, paper_address, people, short_day
 from corollary.web.store import PaperView
 
 _UP = '<svg viewBox="0 0 16 16" class="icon" aria-hidden="true"><path d="M8 3.2l5.6 8.6H2.4z"/></svg>'
@@ -78,13 +78,6 @@ def _pieces(parts: Iterable[tuple[str, bool]]) -> str:
     return "".join([f"<mark>{_text(text)}</mark>" if hit else _text(text) for text, hit in parts])
 
 
-def people(authors: Sequence[str], most: int = 4) -> str:
-    """Names in few words, as plain text."""
-    if len(authors) > most + 1:
-        return f"{', '.join(authors[:most])} and {len(authors) - most} others"
-    return ", ".join(authors)
-
-
 def standing_badge(record: RecordView, large: bool = False) -> Markup:
     """How a record's claims stand, as a badge."""
     s = standing(record)
@@ -120,7 +113,7 @@ def _card(card: Any, stamp: str, level: int) -> str:
     by = [people(paper.authors)] if paper.authors else []
     by += [short_day(paper.day), *filter(None, (paper.organization, paper.venue))]
     if card.score is not None:
-        by.append(f"score {card.score:.2f}")
+        by.append(f"score {card.score:.2g}" if card.score >= 0.001 else "score below 0.001")
     said = _pieces(card.text) if card.text else _text(clip(paper.summary or paper.abstract))
     excerpt = f'<p class="excerpt">{said}</p>' if said else ""
     code = f'<span class="code">{html.link("code", paper.code)}</span>' if paper.code else ""

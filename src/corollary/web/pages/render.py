@@ -23,7 +23,7 @@ from corollary.web.board import STRENGTHS, strength
 from corollary.web.guard import who
 from corollary.web.guard.middleware import KEEP
 from corollary.web.pages import card_html
-from corollary.web.pages.words import clip, long_day, paper_address, short_day
+from corollary.web.pages.words import clip, long_day, paper_address, people, short_day
 from corollary.web.periods import week_name
 
 
@@ -126,7 +126,7 @@ def environment() -> Environment:
         reading_form=card_html.reading_form,
         standing_badge=card_html.standing_badge,
         states_strip=card_html.states_strip,
-        people=card_html.people,
+        people=people,
         card_list=card_html.card_list,
     )
     made.filters.update(clip=clip, link=_markup(html.link))

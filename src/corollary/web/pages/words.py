@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import date
 from urllib.parse import quote
 
@@ -46,3 +47,15 @@ def clip(text: str, most: int = 420) -> str:
         return text
     cut = text[: most - 1]
     return (cut[: cut.rfind(" ")] if " " in cut else cut).rstrip(" ,;:") + " …"
+
+
+def people(authors: Sequence[str], most: int = 4) -> str:
+    """The first names of a list.
+
+    Example:
+        >>> people(["A", "B", "C", "D", "E", "F", "G"]), people(["A", "B", "C", "D", "E"])
+        ('A, B, C, D and 3 others', 'A, B, C, D, E')
+    """
+    if len(authors) > most + 1:
+        return f"{', '.join(authors[:most])} and {len(authors) - most} others"
+    return ", ".join(authors)
