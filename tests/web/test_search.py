@@ -37,6 +37,7 @@ from corollary.web.search.encoders import Lsa, to_bytes, unit
 from corollary.web.search.text import fold, stem, tokens
 from corollary.web.search.vectors import VectorIndex
 from corollary.web.search.vocabulary import Vocabulary, distance
+from corollary.web.search.words import rerank
 
 QUERIES = [json.loads(line) for line in (Path(__file__).parent / "known_items.jsonl").read_text().splitlines()]
 ABC = st.text("abcd", max_size=7)
@@ -457,6 +458,21 @@ def test_likeness(issue):
     assert s.papers_by_id(issue, [ranked[0][0]])[0].slug == "frugal"
     assert rank_for(issue, [], [3, 1, 2]) == [(3, 0.0), (1, 0.0), (2, 0.0)]
     assert like_text(issue, "memory-efficient optimizer with low-rank gradients", size=3)
+
+
+def test_ranked_again_all_words_come_first_and_only_whole_beginnings_count(store):
+    put(store, [
+        {"title": "Rank rank", "abstract": "of nothing else"},
+        {"title": "A note", "abstract": "An optimizer for a low-rank memory budget"},
+        {"title": "Frankly, slow crankshafts", "abstract": "frank optimizers memory"},
+        {"title": "Low rank optimizer memory", "abstract": ""},
+    ])  # fmt: skip
+    parsed = parse("low rank optimizer memory")
+    counts = {"rank": 2, "low": 40, "optimizer": 50, "memory": 60}
+    with store.reading() as connection:
+        assert rerank(connection, [1, 2, 3, 4], parsed, counts) == [4, 2, 1, 3]
+        assert rerank(connection, [1, 3], parse("rank"), {"rank": 2}) == [1, 3]
+        assert rerank(connection, [3, 2], parse("frank"), {"frank": 1}) == [3, 2]
 
 
 def test_common_words_are_answered_from_the_newest(store):

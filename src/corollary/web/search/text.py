@@ -7,6 +7,7 @@ import unicodedata
 from functools import lru_cache
 
 _WORD = re.compile(r"[^\W_]+")
+_GAPS = {code: " " for code in range(128) if not chr(code).isalnum()}
 _SUFFIXES = (
     "izations", "ization", "ations", "ation", "ities", "ments", "ators", "ator", "ingly", "ively", "ments", "ment", "ings", "ives",
     "ers", "ors", "ing", "ies", "ity", "ive", "ion", "ions", "ate", "est", "ed", "er", "or", "es", "ly", "al", "s", "e", "y",
@@ -183,6 +184,18 @@ def fold(text: str) -> str:
     # Letters of other alphabets and of formulas have plain ones within, and lowering may bring accents: hence in this order.
     text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).lower())
     return "".join(c for c in text if not unicodedata.combining(c))
+
+
+def spaced(text: str) -> str:
+    """A folded text with a space before each word, so that ``" rank"`` stands where a word begins so, and nowhere else.
+
+    Example:
+        >>> spaced("(low-rank) training")
+        '  low rank  training'
+    """
+    if not text.isascii():
+        return " " + " ".join(_WORD.findall(text))
+    return " " + text.translate(_GAPS)
 
 
 def tokens(text: str) -> list[str]:

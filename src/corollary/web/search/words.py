@@ -19,14 +19,16 @@ from typing import Any
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import OperationalError
 
-from corollary.web.search.text import fold, stem
+from corollary.web.search.text import fold, spaced, stem
 from corollary.web.search.types import Filters, Parsed
 from corollary.web.search.vocabulary import Vocabulary
 from corollary.web.store import Store, driver, places, rows
 
-BUDGET = 600  # postings that a ranking by the engine may read
+WHOLE = 600  # postings that a ranking by the engine may read where it is the only one
+BUDGET = 150  # and where it only proposes: with more, what is ranked again holds more of what merely has a rare word
 TOGETHER = 40  # papers taken that have all words
-RANKED = 40  # papers taken by the engine's ranking
+RANKED = 20  # papers taken by the engine's ranking, where it proposes
+LISTED = 80  # and where it is the only one
 SECONDS = 0.25  # of one statement: a query made to be slow ends with what it has
 _OUT_OF_TIME = "57014"  # PostgreSQL's name for a statement that its timeout ended
 _WEIGHTS = "4.0, 3.0, 1.0, 1.5, 2.0"  # title, authors, abstract, summary, keywords
@@ -132,12 +134,10 @@ class _Plan:
         spent = 0
         for word in self.words[:40]:
             spent += self.counts[word]
-            if spent > BUDGET and self.rare:
+            if spent > (BUDGET if self.rare else WHOLE):
                 break
             self.rare.append(word)
-        if spent > BUDGET and self.rare and self.counts[self.rare[0]] > BUDGET:
-            self.rare = []
-        self.whole = len(self.rare) == len(self.words)
+        self.whole = len(self.words) <= 40 and sum(self.counts.values()) <= WHOLE
         # Words that stand in a tenth of the papers and more tell little, and an engine that skips through their lists is slow.
         telling = [word for word in self.words if 10 * self.counts[word] < vocabulary.most]
         self.together = (telling if len(telling) > 1 else self.words[:2])[:4]
@@ -177,7 +177,7 @@ def _find_sqlite(connection: Connection, parsed: Parsed, plan: _Plan, filters: F
     ranked = f"bm25(words, {_WEIGHTS})"
     if plan.whole:
         some = " OR ".join(map(_quoted, plan.words))
-        return ask(" AND ".join([*(f"({part})" for part in must), *([f"({some})"] if some else [])]), ranked, 2 * RANKED), True
+        return ask(" AND ".join([*(f"({part})" for part in must), *([f"({some})"] if some else [])]), ranked, LISTED), True
     found: dict[int, None] = {}
     together = ask(all_of(plan.together), "w.rowid DESC", TOGETHER)
     found.update(dict.fromkeys(together))
@@ -222,25 +222,38 @@ def _find_postgresql(connection: Connection, parsed: Parsed, plan: _Plan, filter
 
     ask(" && ".join([*must, *(each[word] for word in plan.together), *never]), "p.id DESC", TOGETHER)
     rare = " || ".join(each[word] for word in plan.rare)
-    ask(" && ".join([*must, *([f"({rare})"] if rare else []), *never]) if rare or must else "", "ts_rank_cd(p.words, q, 1) DESC, p.id DESC", 2 * RANKED)  # fmt: skip
+    ask(" && ".join([*must, *([f"({rare})"] if rare else []), *never]) if rare or must else "", "ts_rank_cd(p.words, q, 1) DESC, p.id DESC", LISTED)  # fmt: skip
     return list(found), False
 
 
 def rerank(connection: Connection, ids: Sequence[int], parsed: Parsed, counts: dict[str, int]) -> list[int]:
-    """Order a few hundred papers by all words of the query: BM25's saturation, a word in the title worth four in the text."""
-    if len(ids) < 2:
+    """Order a few hundred papers by all words of the query.
+
+    .. math:: \\frac{m}{w} \\sum_{i=1}^{w} \\log\\Bigl(1 + \\frac{N}{d_i}\\Bigr) \\frac{n_i}{n_i + 3/2}
+
+    with :math:`n_i` the number of words that begin with the stem of word :math:`i`, one in the title counted four times,
+    :math:`d_i` the papers that have it, and :math:`m` of the :math:`w` words found; half as much again where the title holds
+    the query as it stands.
+    """
+    if len(ids) < 2 or not counts:
         return list(ids)
     total = 2 * max(counts.values(), default=1) + len(ids)
-    stems = [(stem(word), math.log(1 + total / count)) for word, count in list(counts.items())[:60]]
+    stems = [(" " + stem(word), math.log(1 + total / count)) for word, count in list(counts.items())[:60]]
+    plain = all(start.isascii() for start, _ in stems)
     phrase = " ".join(parsed.words)
     query = f"SELECT id, title, authors, abstract, summary, keywords FROM papers WHERE id IN ({places(ids)})"
     scores: dict[int, float] = {}
     for paper, title, authors, abstract, summary, keywords in rows(connection, query, ids):
         head, body = fold(title), fold(f"{authors}\n{keywords}\n{summary}\n{abstract}")
-        score = 0.0
+        if plain:  # other letters are no part of what is looked for, and texts without them are quick to go through
+            head, body = head.encode("ascii", "replace").decode(), body.encode("ascii", "replace").decode()
+        head, body = spaced(head), spaced(body)
+        score, had = 0.0, 0
         for start, weight in stems:
             if n := 4 * head.count(start) + body.count(start):
                 score += weight * n / (n + 1.5)
+                had += 1
+        score *= had / len(stems)  # one with all words comes before one that has the rarest of them in its title
         if phrase and phrase in head:
             score *= 1.5
         scores[paper] = score
