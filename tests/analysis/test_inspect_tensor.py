@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -182,6 +183,15 @@ def test_tail_exponent_recovers_a_power_law(alpha: float) -> None:
     assert tail_exponent(torch.zeros(50)) is None
 
 
+def approximately(told: Any) -> Any:
+    """The same, but for the last digits of numbers, however deep they stand."""
+    if isinstance(told, dict):
+        return {name: approximately(value) for name, value in told.items()}
+    if isinstance(told, list | tuple):
+        return type(told)(approximately(value) for value in told)
+    return pytest.approx(told, rel=1e-5, abs=1e-6) if isinstance(told, float) else told
+
+
 def test_checkpoint(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = {f"layers.{i}.w": torch.randn(30, 20 + i, generator=generator) for i in range(12)}
@@ -196,9 +206,10 @@ def test_checkpoint(tmp_path: Path) -> None:
     assert report.nbytes == sum(t.nbytes for t in tensors.values())
     assert report.dtypes["int64"] == 4
     for each in report.tensors:
-        assert each == inspect_tensor(tensors[each.name], each.name)
+        # Sums in float32 depend on where a tensor lies in memory.
+        assert each.to_dict() == approximately(inspect_tensor(tensors[each.name], each.name).to_dict())
     again = inspect_checkpoint(tmp_path, workers=3)
-    assert again == report
+    assert [t.to_dict() for t in again.tensors] == approximately([t.to_dict() for t in report.tensors])
     plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert [TensorReport.from_dict(t) for t in plain["tensors"]] == list(report.tensors)
     assert (tmp_path / "model.safetensors").read_bytes() == before

@@ -16,7 +16,7 @@ def test_example(path, tmp_path):
     if path.stem == "adapt_minilm":
         first, *_, last = done.stdout.strip().splitlines()
         assert first.startswith("73,728 of 22,713,216 parameters train")
-        assert float(last) < 1e-4
+        assert float(last) < 1e-3  # rounding in float32, of entries up to 6; the adapter moves them by tenths
         assert (tmp_path / "adapter.safetensors").stat().st_size < 400_000
         body = path.read_text(encoding="utf-8").split('"""', 2)[2]
         assert len([line for line in body.splitlines() if line.strip()]) <= 15

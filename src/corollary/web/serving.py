@@ -10,6 +10,7 @@ Usage of a worker, which finds what it serves on standard input: ``python -m cor
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import json
 import logging
@@ -119,6 +120,7 @@ class _Worker:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()], start_new_session=True, text=True
             )
+        ours.setblocking(False)
         self.channel, self.started, self.ready = ours, time.monotonic(), False
         with suppress(BrokenPipeError):  # it has ended, which its channel tells
             assert self.process.stdin is not None
@@ -193,14 +195,23 @@ class Workers:
                 connection, _ = self._listener.accept()
             except (BlockingIOError, ConnectionAbortedError):
                 return
-            with connection:
-                while self._turn:
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    raise
+                time.sleep(0.1)  # the system is short of something; connections wait with it
+                return
+            with connection:  # where nobody takes it, it ends
+                for _ in range(len(self._turn)):
                     self._turn.rotate(-1)
                     try:
                         socket.send_fds(self._turn[-1].channel, [b"c"], [connection.fileno()])
                         break
+                    except BlockingIOError:  # hundreds wait for it already
+                        continue
                     except OSError:  # it is ending; its channel will tell
                         self._turn.pop()
+                        if not self._turn:
+                            break
 
     def _hear(self, place: int) -> None:
         """A worker is ready, or has ended."""
