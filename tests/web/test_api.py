@@ -11,14 +11,15 @@ from datetime import UTC, datetime
 import pytest
 import uvicorn
 from pydantic import TypeAdapter
+from sqlalchemy import select
 from tests.web import samples
-from tests.web.filled import HERE, page
+from tests.web.filled import HERE, filled, page
 
 from corollary.web.api import schemas
 from corollary.web.app import create_app
 from corollary.web.importers import Importer
 from corollary.web.settings import Settings
-from corollary.web.store import Reader, Vote, get_paper, open_store, vote
+from corollary.web.store import Paper, Reader, Vote, get_paper, open_store, vote
 
 
 @pytest.fixture
@@ -250,3 +251,15 @@ def test_the_page_of_the_api_names_every_address(full):
         text = client.get("/api").text
         for path in client.get("/api/openapi.json").json()["paths"]:
             assert path in text
+
+
+def test_numbers_that_json_does_not_have_are_null(tmp_path):
+    store = filled(tmp_path / "full")
+    with store.writing() as session:
+        paper = session.scalar(select(Paper).where(Paper.slug == "fira"))
+        paper.extra = {"huggingface": {"paper": {"heat": float("nan")}}}
+    with page(store) as client:
+        text = client.get("/api/papers/fira").text
+    store.close()
+    assert "NaN" not in text
+    assert json.loads(text)["heat"] is None

@@ -390,3 +390,17 @@ def test_pages_are_kept_within_a_budget():
     assert pages.get("large") is None
     pages.clear()
     assert pages.get(59) is None
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/day/2024-10-02", "/papers/2410.01623", "/api/corollary/similar/fira", "/api/papers/fira"]
+)
+def test_answers_without_a_thread_are_the_same(store, path):
+    with page(store) as client:
+        before = client.get(path)
+    with page(store) as client:
+        client.app.state.ready.set()
+        after = client.get(path)
+    hide = re.compile(rb'name="csrf" value="[^"]+"')
+    assert after.status_code == before.status_code == 200
+    assert hide.sub(b"", after.content) == hide.sub(b"", before.content)

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import httpx
 import pytest
 from sqlalchemy import update
 from tests.web.filled import filled, page
+from tests.web.processes import alive, free_port, wait
 
 from corollary.web.jobs import JobRunner, QueueFull, cancel_job, get_job, start_job
 from corollary.web.settings import Settings
@@ -29,14 +29,6 @@ def store(tmp_path):
     opened = filled(tmp_path / "full")
     yield opened
     opened.close()
-
-
-def wait(ready, seconds=90):
-    until = time.monotonic() + seconds
-    while not (found := ready()):
-        assert time.monotonic() < until
-        time.sleep(0.1)
-    return found
 
 
 def ended(store, number):
@@ -99,11 +91,6 @@ def test_only_known_methods_and_scales_run(store):
 # ------------------------------------------------------------------------------------------------------ corollary serve
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
-
-
 def serve(tmp_path, port, *more):
     command = [sys.executable, "-m", "corollary", "serve", "--no-open", "--port", str(port), "--store", str(tmp_path / "runs")]
     command += ["--database", f"sqlite:///{tmp_path / 'full' / 'daily.sqlite'}", *more]
@@ -159,13 +146,6 @@ def children(parent):
         if int(status[1]) == parent and "corollary.web.jobs.worker" in words:
             found[re.search(r'"slug": "([^"]+)"', " ".join(words))[1]] = int(entry)
     return found
-
-
-def alive(number):
-    try:
-        return Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_what_serve_refuses_is_one_line(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 from tests.web.filled import filled
+from tests.web.processes import alive, free_port, wait
 
 from corollary.web.app import create_app
 from corollary.web.serving import Workers, WorkersFailed
@@ -24,20 +25,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def wait(ready, seconds=90):
-    until = time.monotonic() + seconds
-    while not (found := ready()):
-        assert time.monotonic() < until
-        time.sleep(0.1)
-    return found
-
-
 @contextmanager
 def served(tmp_path, *more):
     """`corollary serve` with two workers on a store of its own: the port and the process."""
     filled(tmp_path / "full").close()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "corollary", "serve", "--no-open", "--workers", "2", "--port", str(port), *more]
     command += ["--store", str(tmp_path / "runs"), "--database", f"sqlite:///{tmp_path / 'full' / 'daily.sqlite'}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -51,13 +43,6 @@ def served(tmp_path, *more):
 def workers(process):
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [int(child) for child in children]
-
-
-def alive(number):
-    try:
-        return Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def sockets(number):

@@ -15,7 +15,8 @@ def quick(endpoint: Callable[..., Response]) -> Callable[..., Awaitable[Response
     """An endpoint of a millisecond or two, answered where it is asked and in the order asked, without a thread.
 
     In threads the few pages that have to be made wait behind all those that were kept, which the loop sends meanwhile. This is for
-    SQLite, whose readers wait for nobody; where a server is asked, its answer is waited for in a thread.
+    SQLite, whose readers wait for nobody; where a server is asked, its answer is waited for in a thread, and so is all that an
+    app has to read before it is ready: records and evidence take seconds.
 
     Args:
         endpoint: a function of a route, with a parameter ``request``.
@@ -23,7 +24,8 @@ def quick(endpoint: Callable[..., Response]) -> Callable[..., Awaitable[Response
 
     @wraps(endpoint)
     async def answered(**asked: Any) -> Response:
-        if asked["request"].app.state.store.dialect == "sqlite":
+        state = asked["request"].app.state
+        if state.store.dialect == "sqlite" and state.ready.is_set():
             return endpoint(**asked)
         return await run_in_threadpool(endpoint, **asked)
 

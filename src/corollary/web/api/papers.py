@@ -32,7 +32,7 @@ Name = Annotated[str, Path(max_length=600, description="arXiv id in any spelling
 def answer(value: Any) -> Response:
     """Dicts and lists as JSON. They are not made into the models of the route's ``response_model`` first: that, and the
     framework's own check of them, took as long as half of the search before. The tests hold answers to the models."""
-    return Response(to_json(value), media_type="application/json")
+    return Response(to_json(value, inf_nan_mode="null"), media_type="application/json")
 
 
 def _told(**fields: Any) -> dict[str, Any]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import Any
 
 from markupsafe import Markup
 
 from corollary.report import html, shell
 from corollary.report.views import PaperView as RecordView
 from corollary.web.board import standing
+from corollary.web.pages.cards import Card
 from corollary.web.pages.words import clip, paper_address, people, short_day
 from corollary.web.store import PaperView
 
@@ -96,7 +96,7 @@ def states_strip(record: RecordView) -> Markup:
     return Markup(f'<ul class="strip" aria-label="Verdicts, claim by claim">{"".join(marks)}</ul>')
 
 
-def _foot(card: Any) -> str:
+def _foot(card: Card) -> str:
     if card.record is not None:
         run = f'<code class="run">corollary verify {_text(card.record.paper.slug)}</code>'
         return f"{standing_badge(card.record)}{states_strip(card.record)}{run}"
@@ -107,7 +107,7 @@ def _foot(card: Any) -> str:
     return ""
 
 
-def _card(card: Any, stamp: str, level: int) -> str:
+def _card(card: Card, stamp: str, level: int) -> str:
     paper = card.paper
     title = _text(paper.title)
     by = [people(paper.authors)] if paper.authors else []
@@ -126,7 +126,7 @@ def _card(card: Any, stamp: str, level: int) -> str:
     )
 
 
-def card_list(cards: Sequence[Any], csrf: str, path: str, level: int = 2) -> Markup:
+def card_list(cards: Sequence[Card], csrf: str, path: str, level: int = 2) -> Markup:
     """Cards below one another.
 
     Args:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request
 from sqlalchemy import delete
@@ -19,7 +17,7 @@ from corollary.web.guard import NotSignedIn, checked_form, client, who
 from corollary.web.pages.cards import cards
 from corollary.web.pages.render import back, respond, wants_fragment
 from corollary.web.search import Results, excerpt, highlight, search
-from corollary.web.store import SavedSearch, rows
+from corollary.web.store import SavedSearch, from_json, rows
 
 router = APIRouter(include_in_schema=False)
 
@@ -61,8 +59,7 @@ def find(request: Request, q: str = "", mode: str = "", after: str | None = None
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Saved:
+class Saved(NamedTuple):
     """A search that a reader keeps."""
 
     id: int
@@ -79,10 +76,7 @@ def saved_searches(request: Request) -> list[Saved]:
     query = "SELECT id, name, query, filters FROM saved_searches WHERE reader_id = ? ORDER BY name"
     with request.app.state.store.reading() as connection:
         found = rows(connection, query, (reader,))
-    return [
-        Saved(number, name, query, json.loads(filters) if isinstance(filters, str) else filters)
-        for number, name, query, filters in found
-    ]
+    return [Saved(number, name, query, from_json(filters)) for number, name, query, filters in found]
 
 
 def save_search(request: Request, name: str, query: str, filters: dict[str, str]) -> bool:

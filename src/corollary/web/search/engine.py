@@ -93,7 +93,7 @@ class Searcher:
         if self._implemented is None or self._implemented[0] != version:
             with self.store.reading() as connection:
                 ids = list(connection.scalars(select(Paper.id).where(Paper.slug.in_(list(catalogue()))).order_by(Paper.id)))
-                found = self.vectors.of_papers(ids)
+                found = self.vectors.of_papers(ids, connection)
                 papers = views(connection, list(found))
             rows = np.array([found[paper.id] for paper in papers], dtype=np.float32) if papers else np.empty((0, 0), np.float32)
             self._implemented = (version, papers, unit(rows) if papers else rows)

@@ -33,7 +33,17 @@ at hand with those last seen and logs the changes, in one transaction.
 
 from __future__ import annotations
 
-from corollary.web.store.engine import Store, StoreUnavailable, data_dir, default_url, driver, open_store, places, rows
+from corollary.web.store.engine import (
+    Store,
+    StoreUnavailable,
+    data_dir,
+    default_url,
+    driver,
+    from_json,
+    open_store,
+    places,
+    rows,
+)
 from corollary.web.store.papers import (
     PAGE,
     TRENDING_DAYS,
@@ -84,7 +94,7 @@ from corollary.web.store.schema import (
 from corollary.web.store.verdicts import record_verdicts, verdict_changes_since
 
 __all__ = [
-    "Store", "StoreUnavailable", "data_dir", "default_url", "driver", "open_store", "places", "rows",
+    "Store", "StoreUnavailable", "data_dir", "default_url", "driver", "from_json", "open_store", "places", "rows",
     "PAGE", "TRENDING_DAYS", "TRENDING_FORMULA", "Page", "PaperView", "arxiv_id", "count_papers", "days", "get_paper",
     "nearest_day", "neighbours", "newest_day", "paper_of", "papers_added_since", "papers_between", "papers_by_id", "papers_of_day",
     "papers_of_slugs", "current_day", "trending", "views", "vote", "voted", "record_verdicts", "verdict_changes_since",

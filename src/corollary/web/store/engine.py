@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import sys
@@ -121,6 +122,13 @@ def rows(connection: Connection, query: str, values: Sequence[Any] = ()) -> list
     if connection.dialect.name != "sqlite":
         return list(connection.exec_driver_sql(query.replace("?", "%s"), tuple(values)))
     return driver(connection).execute(query, values).fetchall()
+
+
+def from_json(value: Any) -> Any:
+    """What a JSON column of `rows` holds: SQLite's driver gives its text, PostgreSQL's what the text says."""
+    if not isinstance(value, str):
+        return value
+    return [] if value == "[]" else {} if value == "{}" else json.loads(value)
 
 
 def places(values: Sequence[Any]) -> str:

@@ -6,7 +6,6 @@ costs the same however far down it is.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from sqlalchemy import Connection, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from corollary.web.store.engine import Store, places, rows
+from corollary.web.store.engine import Store, from_json, places, rows
 from corollary.web.store.schema import Paper, Vote, now
 
 PAGE = 30
@@ -105,12 +104,6 @@ def _date(value: Any) -> date:
     return date.fromisoformat(value) if isinstance(value, str) else value
 
 
-def _loads(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    return [] if value == "[]" else {} if value == "{}" else json.loads(value)
-
-
 def _view(row: Sequence[Any]) -> PaperView:
     """A row of a driver, as the column types of the schema would read it; every page with cards reads thirty."""
     (
@@ -121,7 +114,7 @@ def _view(row: Sequence[Any]) -> PaperView:
     return PaperView(
         number, key, slug, arxiv, version, doi, title, _lines(authors), abstract, summary, _lines(keywords), _lines(categories),
         _date(day), _time(published), _time(updated), imported_votes, own_votes, points, url, code, code_added_by, organization,
-        comment, venue, _loads(links), source, _loads(extra), _time(created_at), _time(changed_at),  # type: ignore[arg-type]
+        comment, venue, from_json(links), source, from_json(extra), _time(created_at), _time(changed_at),  # type: ignore[arg-type]
     )  # fmt: skip
 
 
