@@ -11,6 +11,11 @@ from paper_pages import table
 MARK = "<!-- scale -->"
 
 
+def _recall(found: dict[str, Any]) -> str:
+    told = [f"{by['words']:.3f} for {kind} ({by['fusion']:.3f} fused)" for kind, by in found.get("known_items", {}).items()]
+    return f"Asked for by some of its words, a paper is among the first five hits by words: {', '.join(told)}. " if told else ""
+
+
 def scale_table(text: str, results: Path) -> str:
     """The guide with the table in the place of its mark."""
     if not results.is_file():
@@ -38,6 +43,7 @@ def scale_table(text: str, results: Path) -> str:
         "50 connections that ask again as soon as they are answered, from another process:\n\n"
         + table(head, rows)
         + "\nDays' pages are asked for as readers do, the newer the more; *any day's page* takes all days alike, of which few are kept. "
+        f"{_recall(found)}"
         "Run it yourself with `python -m benchmarks.web_scale`.\n\n"
         f"Measured on {where.get('processor')}, {where.get('cores')} cores, {where.get('system')}.\n",
     )
