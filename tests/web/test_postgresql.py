@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from datetime import date, timedelta
 
 import pytest
@@ -126,3 +127,19 @@ def test_a_server_that_is_not_there_says_so_without_the_password():
     with pytest.raises(s.StoreUnavailable, match="cannot open") as caught:
         s.open_store("postgresql://lab:secret@127.0.0.1:1/x")
     assert "secret" not in str(caught.value)
+
+
+def test_a_search_that_runs_out_of_time_ends_with_what_it_has(lab, monkeypatch):
+    first_issue(lab)
+    catch_up(lab)
+    assert search(lab, "low-rank optimizer", mode="words").hits
+
+    @contextmanager
+    def endless(connection, seconds=0.25):
+        connection.exec_driver_sql("SET LOCAL statement_timeout = 20")
+        connection.exec_driver_sql("SELECT pg_sleep(5)")
+        yield
+
+    monkeypatch.setattr("corollary.web.search.words.limited", endless)
+    assert search(lab, "low-rank optimizer", mode="words").hits == []
+    assert "fira" in [hit.paper.slug for hit in search(lab, "low-rank optimizer that saves memory").hits]  # by meaning
